@@ -1,0 +1,224 @@
+"""The released adapter files: which belong together, their two key formats, and the rule by which they are fused.
+
+An adapter changes a weight W [out, in] by scale · B A with A [rank, in], B [out, rank]. DreamO ships its adapters in
+the flattened XLabs naming (`double_blocks_0_processor.qkv_lora1.down.weight`), with fused q, k, v; the SFT, DPO and
+Turbo adapters come in diffusers' own naming. Both become a mapping from diffusers module names to pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from model.errors import WeightsError
+
+Version = Literal["v1", "v1.1"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """One file of a stack: its path in the DreamO directory and the weight it is fused with."""
+
+    name: str
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """One weight's change: scale · up down, with down [rank, in], up [out, rank]; scale is alpha / rank."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float = 1.0
+
+    def delta(self, weight: float, dtype: torch.dtype) -> torch.Tensor:
+        """The change at an adapter weight for a base weight of `dtype`: [out, in] in that dtype.
+
+        Both factors are first rounded to `dtype` (peft stores an adapter in its base's dtype); the product and the
+        scaling are float32, rounded once.
+        """
+        up, down = self.up.to(dtype).float(), self.down.to(dtype).float()
+        return ((up @ down) * (weight * self.scale)).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A file read: changes by diffusers module name, the embedding tensors in it, and the keys nobody used."""
+
+    source: str
+    changes: Mapping[str, LowRank]
+    embeddings: Mapping[str, torch.Tensor]
+    unused: tuple[str, ...] = ()
+
+
+MAIN = "dreamo.safetensors"
+TURBO = "diffusion_pytorch_model.safetensors"
+EMBEDDINGS = ("dreamo_task_embedding", "dreamo_idx_embedding", "dreamo_t5_embedding")
+
+
+def stack(version: Version, *, turbo: bool) -> tuple[AdapterFile, ...]:
+    """The files of a released version, in fusing order with their released weights (dreamo_pipeline.py)."""
+    return (
+        AdapterFile("dreamo", MAIN, 1.0),
+        AdapterFile("cfg", "dreamo_cfg_distill.safetensors", 1.0),
+        *((AdapterFile("turbo", TURBO, 1.0),) if turbo else ()),
+        *(
+            (
+                AdapterFile("sft", "v1.1/dreamo_sft_lora.safetensors", 1.0),
+                AdapterFile("dpo", "v1.1/dreamo_dpo_lora.safetensors", 1.25),
+            )
+            if version == "v1.1"
+            else (
+                AdapterFile("quality_pos", "dreamo_quality_lora_pos.safetensors", 0.15),
+                AdapterFile("quality_neg", "dreamo_quality_lora_neg.safetensors", -0.8),
+            )
+        ),
+    )
+
+
+def read_adapter(file: Path) -> Adapter:
+    """Read a file in either format.
+
+    Raises:
+        WeightsError: `weights_missing`, `weights_format` (not safetensors, or no adapter in it),
+            `weights_key_missing` (half of a pair), `weights_shape` (a fused qkv that is not three equal parts).
+    """
+    if not file.is_file():
+        raise WeightsError("weights_missing", f"{file} is missing: put the released DreamO files there")
+    if file.suffix != ".safetensors":
+        raise WeightsError("weights_format", f"{file}: only safetensors files are loaded")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError("weights_format", f"{file} is not a whole safetensors file: {error}") from error
+    embeddings = {key.removesuffix(".weight"): state.pop(key) for key in list(state) if "embedding" in key}
+    if any(_XLABS.search(key) for key in state):
+        changes, unused = _from_xlabs(file.name, state)
+    else:
+        changes, unused = _from_diffusers(file.name, state)
+    if not changes:
+        raise WeightsError("weights_format", f"{file} holds no adapter for a FLUX transformer")
+    return Adapter(str(file), changes, embeddings, unused)
+
+
+def fuse(weights: Mapping[str, torch.Tensor], adapters: Sequence[tuple[Adapter, float]]) -> dict[str, torch.Tensor]:
+    """Weights after fusing, for the weights that change; the input is left alone.
+
+    By the released rule: adapter by adapter in order, each change rounded to the weight's dtype, then added. Equal
+    to peft 0.15's merge bit for bit in bfloat16; summing first and rounding once is not.
+
+    Args:
+        weights: transformer state dict, `<module>.weight` → [out, in].
+        adapters: (adapter, weight) in fusing order.
+
+    Raises:
+        WeightsError: `weights_key_missing` for a module the transformer lacks, `weights_shape` for one of another
+            size; both name file and module.
+    """
+    fused: dict[str, torch.Tensor] = {}
+    for adapter, weight in adapters:
+        for module, change in adapter.changes.items():
+            key = f"{module}.weight"
+            base = _fitting(adapter.source, module, change, fused.get(key, weights.get(key)))
+            fused[key] = base + change.delta(weight, base.dtype)
+    return fused
+
+
+def _fitting(source: str, module: str, change: LowRank, base: torch.Tensor | None) -> torch.Tensor:
+    """The base weight, once it is known that the change fits it."""
+    if base is None:
+        raise WeightsError(
+            "weights_key_missing",
+            f"{source} changes {module}, which this transformer does not have: is it made for another base model?",
+        )
+    shape = (change.up.shape[0], change.down.shape[1])
+    if shape != tuple(base.shape) or change.up.shape[1] != change.down.shape[0]:
+        raise WeightsError(
+            "weights_shape",
+            f"{source}: the change of {module} is {tuple(change.up.shape)} x {tuple(change.down.shape)}, "
+            f"but the weight is {tuple(base.shape)}: is it made for another base model?",
+        )
+    return base
+
+
+_XLABS = re.compile(r"(double|single)_blocks_(\d+).*?(qkv|proj)_lora([12]?)\.(down|up)\.weight$")
+
+_XLABS_TARGETS: Mapping[tuple[str, str, str], tuple[str, ...]] = {
+    ("double", "qkv", "1"): ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("double", "qkv", "2"): ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ("double", "proj", "1"): ("attn.to_out.0",),
+    ("double", "proj", "2"): ("attn.to_add_out",),
+    ("single", "qkv", ""): ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("single", "proj", ""): ("proj_out",),
+}
+
+
+def _from_xlabs(source: str, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, LowRank], tuple[str, ...]]:
+    """Flattened XLabs names; only what the pattern names matters, so the middle of a key is free."""
+    pairs: dict[tuple[str, int, str, str], dict[str, torch.Tensor]] = {}
+    unused: list[str] = []
+    for key, tensor in state.items():
+        match = _XLABS.search(key)
+        if match is None or (match[1], match[3], match[4]) not in _XLABS_TARGETS:
+            unused.append(key)
+            continue
+        pairs.setdefault((match[1], int(match[2]), match[3], match[4]), {})[match[5]] = tensor
+    changes: dict[str, LowRank] = {}
+    for (stream, block, part, which), pair in pairs.items():
+        targets = _XLABS_TARGETS[stream, part, which]
+        prefix = f"{'' if stream == 'double' else 'single_'}transformer_blocks.{block}"
+        down, up = _both(source, f"{stream}_blocks_{block} {part}_lora{which}", pair, "down", "up")
+        if up.shape[0] % len(targets):
+            raise WeightsError(
+                "weights_shape",
+                f"{source}: {stream} block {block} has a fused qkv of {up.shape[0]} rows, not a multiple of 3",
+            )
+        for target, rows in zip(targets, up.chunk(len(targets)), strict=True):
+            changes[f"{prefix}.{target}"] = LowRank(down, rows.contiguous())
+    return changes, tuple(unused)
+
+
+_PEFT = re.compile(r"^(?:transformer\.|base_model\.model\.)*(.+)\.lora_([AB])(?:\.default)?\.weight$")
+_ALPHA = re.compile(r"^(?:transformer\.|base_model\.model\.)*(.+)\.alpha$")
+
+
+def _from_diffusers(source: str, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, LowRank], tuple[str, ...]]:
+    """peft names (`transformer.….lora_A.weight`); any other naming goes through diffusers' converters first."""
+    if not any(_PEFT.match(key) for key in state):
+        try:
+            state = cast("dict[str, torch.Tensor]", FluxLoraLoaderMixin.lora_state_dict(dict(state)))
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise WeightsError("weights_format", f"{source}: no adapter format diffusers knows ({error})") from error
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    alphas: dict[str, float] = {}
+    unused: list[str] = []
+    for key, tensor in state.items():
+        if match := _PEFT.match(key):
+            pairs.setdefault(match[1], {})[match[2]] = tensor
+        elif match := _ALPHA.match(key):
+            alphas[match[1]] = float(tensor)
+        else:
+            unused.append(key)
+    changes: dict[str, LowRank] = {}
+    for module, pair in pairs.items():
+        down, up = _both(source, module, pair, "A", "B")
+        changes[module] = LowRank(down, up, alphas.get(module, down.shape[0]) / down.shape[0])
+    return changes, tuple(unused)
+
+
+def _both(
+    source: str, module: str, pair: Mapping[str, torch.Tensor], first: str, second: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if first not in pair or second not in pair:
+        missing = second if first in pair else first
+        raise WeightsError("weights_key_missing", f"{source}: {module} has no {missing} matrix")
+    return pair[first], pair[second]

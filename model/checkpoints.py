@@ -1,0 +1,287 @@
+"""Loads a model: FLUX parts in diffusers layout, DreamO's files fused into the transformer, its vectors beside it.
+
+Every file is safetensors; a checkpoint that lacks a tensor, or has one of another shape, is refused, never filled in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
+from transformers.utils import logging as transformers_logging
+
+from model.adapters import EMBEDDINGS, MAIN, Adapter, Version, fuse, read_adapter, stack
+from model.errors import WeightsError
+from model.schedule import ShiftRule, read_shift_rule
+from model.spec import ModelSpec, load_spec
+from model.text import PromptEncoder
+from model.transformer import EmbeddingTables
+from model.vae import LatentCodec
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SHIPPED = Path(__file__).parent / "tiny"
+"""The small model that comes with the project; its DreamO files lie in `dreamo/` beside the rest."""
+
+FUSED_EMBEDDINGS = "dreamo_embeddings.safetensors"
+_BASE_FILES = ["*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*.json"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model comes from and how it is loaded.
+
+    Attributes:
+        base_model: a directory in diffusers layout, or a hub id.
+        dreamo: directory of the released DreamO files; None takes `<base_model>/dreamo`.
+        fused: directory written by `dreamserve fuse`; replaces the base's transformer and `dreamo`.
+        turbo: whether the Turbo adapter is in the stack (12 steps instead of 25 and more).
+        dtype: `auto` is bfloat16 on CUDA, float32 elsewhere. device: `auto` prefers CUDA.
+        cutout, faces: tools that prepare references; see `preprocess.load_tools`.
+    """
+
+    base_model: str = str(SHIPPED)
+    dreamo: Path | None = None
+    fused: Path | None = None
+    version: Version = "v1.1"
+    turbo: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+    cutout: str = "auto"
+    faces: str = "auto"
+
+    def torch_device(self) -> torch.device:
+        """The device to run on.
+
+        Raises:
+            WeightsError: `device_unavailable`: CUDA is asked for and there is none.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise WeightsError("device_unavailable", "DREAMSERVE_DEVICE is cuda, but torch finds no CUDA device")
+        return torch.device(self.device)
+
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of all networks."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """The parts of a model, on their device."""
+
+    spec: ModelSpec
+    transformer: FluxTransformer2DModel
+    tables: EmbeddingTables
+    text: PromptEncoder
+    codec: LatentCodec
+    shift: ShiftRule
+
+
+@dataclass(frozen=True, slots=True)
+class FusedTransformer:
+    """A transformer with its adapters fused in, and DreamO's three embedding tensors."""
+
+    transformer: FluxTransformer2DModel
+    embeddings: dict[str, torch.Tensor]
+
+
+def load_model(source: ModelSource) -> LoadedModel:
+    """Load everything a worker needs.
+
+    Raises:
+        WeightsError: with a code and a sentence that names the file and the remedy.
+    """
+    quiet_libraries()
+    device, dtype = source.torch_device(), source.torch_dtype()
+    base = resolve_base(source.base_model)
+    spec = load_spec(source.base_model, version=source.version, turbo=source.turbo)
+    fused = load_transformer(source)
+    text = load_text(base, dtype, spec.text_tokens)
+    text.add_placeholders(fused.embeddings["dreamo_t5_embedding"])
+    vae = load_part(AutoencoderKL, base, "vae", dtype)
+    tables = EmbeddingTables(
+        fused.embeddings["dreamo_task_embedding"].to(device, dtype),
+        fused.embeddings["dreamo_idx_embedding"].to(device, dtype),
+    )
+    for network in (fused.transformer, text.t5, text.clip, vae):
+        cast("torch.nn.Module", network).to(device).eval().requires_grad_(False)
+    shift = read_shift_rule(base / "scheduler" / "scheduler_config.json")
+    return LoadedModel(spec, fused.transformer, tables, text, LatentCodec(vae), shift)
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and load reports: what they would say is checked and raised here."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+
+
+def resolve_base(base_model: str) -> Path:
+    """The local directory of a path or hub id; a hub id is downloaded once.
+
+    Raises:
+        WeightsError: `model_not_found`.
+    """
+    path = Path(base_model)
+    if not path.exists():
+        try:
+            path = Path(snapshot_download(base_model, allow_patterns=_BASE_FILES))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise WeightsError(
+                "model_not_found",
+                f"DREAMSERVE_BASE_MODEL={base_model!r} is neither a directory nor a hub repository that can be "
+                f"had from here ({type(error).__name__})",
+            ) from error
+    if not (path / "transformer" / "config.json").is_file():
+        raise WeightsError("model_not_found", f"{path} is not in diffusers layout: transformer/config.json is missing")
+    return path
+
+
+def load_transformer(source: ModelSource) -> FusedTransformer:
+    """The transformer with DreamO fused in: from the `fused` directory, else base plus the released files."""
+    dtype = source.torch_dtype()
+    if source.fused is not None:
+        transformer = load_part(FluxTransformer2DModel, source.fused, "transformer", dtype)
+        embeddings = _check_embeddings(
+            str(source.fused / FUSED_EMBEDDINGS), _load_tensors(source.fused / FUSED_EMBEDDINGS), transformer
+        )
+        return FusedTransformer(transformer, embeddings)
+    base = resolve_base(source.base_model)
+    directory = source.dreamo or base / "dreamo"
+    if not directory.is_dir():
+        raise WeightsError(
+            "weights_missing",
+            f"no DreamO files at {directory}: set DREAMSERVE_DREAMO to the directory that holds {MAIN}",
+        )
+    adapters = [(read_adapter(directory / f.path), f.weight) for f in stack(source.version, turbo=source.turbo)]
+    transformer = load_part(FluxTransformer2DModel, base, "transformer", dtype)
+    embeddings = _check_embeddings(adapters[0][0].source, dict(adapters[0][0].embeddings), transformer)
+    for adapter, _ in adapters:
+        _report_unused(adapter)
+    transformer.load_state_dict(fuse(transformer.state_dict(), adapters), strict=False)
+    return FusedTransformer(transformer, embeddings)
+
+
+def write_fused(source: ModelSource, out: Path) -> None:
+    """Fuse once and write `transformer/` (diffusers layout), the embedding tensors and how they were made.
+
+    Raises:
+        WeightsError: also `output_exists` when `out` holds files already.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise WeightsError("output_exists", f"{out} is not empty: name a new directory")
+    quiet_libraries()
+    fused = load_transformer(source)
+    fused.transformer.save_pretrained(out / "transformer", safe_serialization=True)
+    recipe = {
+        "base_model": source.base_model,
+        "version": source.version,
+        "turbo": source.turbo,
+        "dtype": str(source.torch_dtype()).removeprefix("torch."),
+        "stack": [[f.name, f.path, f.weight] for f in stack(source.version, turbo=source.turbo)],
+    }
+    save_file(
+        {key: tensor.contiguous() for key, tensor in fused.embeddings.items()},
+        out / FUSED_EMBEDDINGS,
+        metadata={"recipe": json.dumps(recipe)},
+    )
+
+
+def load_text(base: Path, dtype: torch.dtype, max_tokens: int) -> PromptEncoder:
+    """Both tokenizers and text encoders of a FLUX directory, without DreamO's tokens."""
+    tokenizer_file = base / "tokenizer_2" / "tokenizer.json"
+    if not tokenizer_file.is_file():
+        raise WeightsError("weights_missing", f"{tokenizer_file} is missing: T5's fast tokenizer is needed")
+    return PromptEncoder(
+        CLIPTokenizer.from_pretrained(base / "tokenizer"),
+        load_part(CLIPTextModel, base, "text_encoder", dtype),
+        Tokenizer.from_file(str(tokenizer_file)),
+        load_part(T5EncoderModel, base, "text_encoder_2", dtype),
+        max_tokens,
+    )
+
+
+def load_part(kind: Callable[..., T] | type[T], base: Path, folder: str, dtype: torch.dtype) -> T:
+    """One network from its folder in diffusers layout.
+
+    Raises:
+        WeightsError: `weights_missing` (no folder or no safetensors in it), `weights_key_missing`,
+            `weights_shape`, `weights_format`.
+    """
+    directory = base / folder
+    if not list(directory.glob("*.safetensors")):
+        raise WeightsError("weights_missing", f"{directory} holds no safetensors file")
+    load: Any = kind.from_pretrained  # type: ignore[attr-defined]  # of ModelMixin and PreTrainedModel alike
+    dtype_name = "torch_dtype" if kind.__module__.startswith("diffusers.") else "dtype"
+    try:
+        network, report = load(
+            directory,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported, and refused below
+            **{dtype_name: dtype},
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(
+            "weights_format", f"{directory} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if missing:
+        raise WeightsError("weights_key_missing", f"{directory} lacks {len(missing)} tensors, {missing[0]} among them")
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise WeightsError(
+            "weights_shape", f"{directory}: {name} is {tuple(found)}, the configuration says {tuple(wanted)}"
+        )
+    return network
+
+
+def _check_embeddings(
+    source: str, embeddings: dict[str, torch.Tensor], transformer: FluxTransformer2DModel
+) -> dict[str, torch.Tensor]:
+    """The three tensors, with the shapes this transformer needs; T5's is checked where T5 is known."""
+    width = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
+    shapes = {"dreamo_task_embedding": (2, width), "dreamo_idx_embedding": (10, width)}
+    for key in EMBEDDINGS:
+        if key not in embeddings:
+            raise WeightsError("weights_key_missing", f"{source} lacks {key}.weight: is it DreamO's main file?")
+        if key in shapes and tuple(embeddings[key].shape) != shapes[key]:
+            raise WeightsError(
+                "weights_shape",
+                f"{source}: {key} is {tuple(embeddings[key].shape)}, this transformer needs {shapes[key]}",
+            )
+    return {key: embeddings[key] for key in EMBEDDINGS}
+
+
+def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
+    if not file.is_file():
+        raise WeightsError("weights_missing", f"{file} is missing: run `dreamserve fuse` again")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError("weights_format", f"{file} is not a whole safetensors file: {error}") from error
+
+
+def _report_unused(adapter: Adapter) -> None:
+    if adapter.unused:
+        log.warning("%s: %d keys not used, %s among them", adapter.source, len(adapter.unused), adapter.unused[0])

@@ -1,0 +1,212 @@
+"""A loaded model as the worker drives it: preprocess → encode → start → step … → decode.
+
+Each phase takes and returns frozen values, so the engine may run them wherever and with whomever it likes.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.checkpoints import LoadedModel, ModelSource, load_model
+from model.noise import Draws, SeededDraws
+from model.packing import Condition, ReferenceTokens
+from model.positions import Grid
+from model.preprocess import Reference, Tools, load_tools, prepare_reference, to_tensor_range
+from model.roles import Role
+from model.sampling import Denoising, Guidance, advance
+from model.schedule import sigmas
+from model.spec import ModelSpec
+from model.text import PromptEmbeds
+from model.vae import pack_latents
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """What to make, with every default resolved and every picture decoded. Sizes in pixels."""
+
+    prompt: str
+    negative_prompt: str
+    references: tuple[Reference, ...]
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance: float
+    first_step_guidance: float
+    true_cfg_scale: float = 1.0
+    true_cfg_start: int = 0
+    true_cfg_end: int = 0
+    negative_guidance: float = 3.5
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedReference:
+    """A reference as the VAE takes it: uint8 [h, w, 3], both sides multiples of the cell."""
+
+    slot: int
+    role: Role
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedReference:
+    """Posterior parameters [2C, 2·rows, 2·columns] of one reference."""
+
+    slot: int
+    role: Role
+    moments: torch.Tensor
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRequest:
+    """A request after both encoders; `start` draws an image's noise from it."""
+
+    request: ImageRequest
+    prompt: PromptEmbeds
+    negative: PromptEmbeds | None
+    references: tuple[EncodedReference, ...]
+
+
+class Pipeline:
+    """The model of one worker. Stateless between calls: everything about a request is in the values passed."""
+
+    def __init__(self, model: LoadedModel, tools: Tools) -> None:
+        self.model = model
+        self.tools = tools
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+    def describe(self) -> dict[str, str | int]:
+        """What runs here, for `/v1/models` and the log."""
+        parameter = next(self.model.transformer.parameters())
+        device = parameter.device
+        return {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "attention": "torch-sdpa",
+            "parameters": sum(p.numel() for p in self.model.transformer.parameters()),
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+            "transformers": version("transformers"),
+        }
+
+    def preprocess(self, request: ImageRequest) -> tuple[PreparedReference, ...]:
+        """Cut out, align and resize the references by their roles.
+
+        Raises:
+            UnusableReferenceError: naming the slot.
+        """
+        return tuple(
+            PreparedReference(
+                reference.slot,
+                reference.role,
+                prepare_reference(reference, self.model.codec.cell, self.spec.identity_resolution, self.tools),
+            )
+            for reference in request.references
+        )
+
+    def encode(self, request: ImageRequest, prepared: Sequence[PreparedReference]) -> EncodedRequest:
+        """Run the text encoders and the VAE encoder; the negative prompt only if true CFG will use it."""
+        uses_negative = request.true_cfg_scale > 1 and request.true_cfg_end > request.true_cfg_start
+        return EncodedRequest(
+            request=request,
+            prompt=self.model.text.encode(request.prompt),
+            negative=self.model.text.encode(request.negative_prompt) if uses_negative else None,
+            references=tuple(self.encode_reference(reference) for reference in prepared),
+        )
+
+    def encode_reference(self, reference: PreparedReference) -> EncodedReference:
+        """The VAE posterior of one prepared reference."""
+        height, width, _ = reference.pixels.shape
+        return EncodedReference(
+            reference.slot,
+            reference.role,
+            self.model.codec.moments(torch.from_numpy(to_tensor_range(reference.pixels))),
+            self.model.codec.grid(height, width),
+        )
+
+    def start(self, encoded: EncodedRequest, seed: int, draws: Draws | None = None) -> Denoising:
+        """One image of a request before its first step.
+
+        Args:
+            seed: 0 … 2**64 − 1.
+            draws: replaces the draws that follow from the seed.
+        """
+        draws = draws or SeededDraws(seed)
+        request, codec = encoded.request, self.model.codec
+        grid = codec.grid(request.height, request.width)
+        noise = pack_latents(draws.target(codec.latent_shape(grid)))
+        references = tuple(
+            ReferenceTokens(
+                reference.slot,
+                reference.role,
+                codec.sample(reference.moments, draws.reference(reference.slot, codec.latent_shape(reference.grid))),
+                reference.grid,
+            )
+            for reference in encoded.references
+        )
+        condition = Condition(encoded.prompt.text, encoded.prompt.pooled, grid, references)
+        negative = encoded.negative and Condition(encoded.negative.text, encoded.negative.pooled, grid, embedded=False)
+        return Denoising(
+            condition=condition,
+            negative=negative,
+            guidance=guidance_of(request),
+            sigmas=sigmas(request.num_inference_steps, grid[0] * grid[1], self.model.shift),
+            latents=noise.to(condition.text.device, condition.text.dtype),
+        )
+
+    def step(self, runs: Sequence[Denoising]) -> tuple[Denoising, ...]:
+        """All runs one denoise step further, in one forward."""
+        return advance(self.model.transformer, self.model.tables, runs)
+
+    def decode(self, run: Denoising) -> NDArray[np.uint8]:
+        """The picture of a finished run: uint8 [H, W, 3]."""
+        pixels = self.model.codec.decode(run.latents, run.condition.target_grid)
+        return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+    def warm(self) -> None:
+        """Run every network once at the default size, so that the first job pays for nothing."""
+        spec = self.spec
+        request = ImageRequest(
+            prompt="warm",
+            negative_prompt="",
+            references=(),
+            height=int(spec.height.default),
+            width=int(spec.width.default),
+            num_inference_steps=1,
+            guidance=spec.guidance.default,
+            first_step_guidance=spec.guidance.default,
+        )
+        (run,) = self.step([self.start(self.encode(request, ()), seed=0)])
+        self.decode(run)
+
+
+def guidance_of(request: ImageRequest) -> Guidance:
+    """The guidance part of a request."""
+    return Guidance(
+        scale=request.guidance,
+        first_step=request.first_step_guidance,
+        true_scale=request.true_cfg_scale,
+        start=request.true_cfg_start,
+        end=request.true_cfg_end,
+        negative=request.negative_guidance,
+    )
+
+
+def load_pipeline(source: ModelSource) -> Pipeline:
+    """Load a model and the tools that prepare its references.
+
+    Raises:
+        WeightsError: anything that is missing or does not fit.
+    """
+    tools = load_tools(source.cutout, source.faces, str(source.torch_device()))
+    return Pipeline(load_model(source), tools)

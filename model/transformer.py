@@ -1,0 +1,200 @@
+"""The FLUX forward over a packed sequence, on the parameters of diffusers' `FluxTransformer2DModel`.
+
+One function for every task: what differs between target, references and requests is data in the `Layout`. Nothing of
+diffusers is subclassed or patched; linear layers are called as modules, so peft adapters work.
+
+Shapes: T text, I image tokens, S = T + I, M modulation rows, D model width, H heads, d head dimension (D = H·d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxSingleTransformerBlock,
+    FluxTransformer2DModel,
+    FluxTransformerBlock,
+)
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.attention import packed_attention
+from model.packing import Layout, PackedSequence
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingTables:
+    """DreamO's learned vectors: type [2, D] (row 1 target, 0 reference), index [10, D] (row = slot)."""
+
+    type: Tensor
+    index: Tensor
+
+    def rows(self, layout: Layout) -> Tensor:
+        """[I, D]: what is added to each image token after the input projection."""
+        blank = torch.zeros_like(self.type[:1])
+        return torch.cat([blank, self.type])[layout.type_rows] + torch.cat([blank, self.index])[layout.index_rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """RoPE tables in request order, float32: cos and sin [S, d]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A packed sequence after the input layers: text [T, D], image [I, D], SiLU of the time embedding [M, D]."""
+
+    text: Tensor
+    image: Tensor
+    time: Tensor
+
+
+def forward(model: FluxTransformer2DModel, tables: EmbeddingTables, packed: PackedSequence) -> Tensor:
+    """Velocity (noise − latents) of the target tokens of all requests, in order: [Σ targets, 64]."""
+    layout = packed.layout
+    rotary = rotary_tables(model, layout)
+    embedded = embed(model, tables, packed)
+    text, image = embedded.text, embedded.image
+    for block in cast("Iterable[FluxTransformerBlock]", model.transformer_blocks):
+        text, image = double_block(block, text, image, embedded.time, rotary, layout)
+    joint = to_request_order(torch.cat([text, image]), layout)
+    for block in cast("Iterable[FluxSingleTransformerBlock]", model.single_transformer_blocks):
+        joint = single_block(block, joint, embedded.time, rotary, layout)
+    return project(model, joint, embedded.time, layout)
+
+
+def rotary_tables(model: FluxTransformer2DModel, layout: Layout) -> Rotary:
+    """Rotary tables of the layout's position ids (frequencies in float64, theta 10000)."""
+    return Rotary(*model.pos_embed(layout.ids))
+
+
+def embed(model: FluxTransformer2DModel, tables: EmbeddingTables, packed: PackedSequence) -> Embedded:
+    """Input projections, the added type and index vectors, and the time embedding of each modulation row.
+
+    Times and guidance are scaled by 1000 here, in the model's dtype, as in FLUX.
+    """
+    time = packed.timestep * 1000
+    if model.config["guidance_embeds"]:
+        condition = model.time_text_embed(time, packed.guidance * 1000, packed.pooled)
+    else:
+        condition = model.time_text_embed(time, packed.pooled)
+    return Embedded(
+        text=model.context_embedder(packed.text),
+        image=model.x_embedder(packed.image) + tables.rows(packed.layout),
+        time=F.silu(condition),
+    )
+
+
+def double_block(
+    block: FluxTransformerBlock, text: Tensor, image: Tensor, time: Tensor, rotary: Rotary, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """One two-stream block: text [T, D] and image [I, D] attend jointly, each with its own weights."""
+    image_mod = _modulation(block.norm1.linear(time), layout.image_rows, 6)
+    text_mod = _modulation(block.norm1_context.linear(time), layout.text_rows, 6)
+    attended_text, attended_image = _joint_attention(
+        block.attn,
+        _modulated(block.norm1_context.norm, text, text_mod[0], text_mod[1]),
+        _modulated(block.norm1.norm, image, image_mod[0], image_mod[1]),
+        rotary,
+        layout,
+    )
+    image = image + image_mod[2] * attended_image
+    image = image + image_mod[5] * block.ff(_modulated(block.norm2, image, image_mod[3], image_mod[4]))
+    text = text + text_mod[2] * attended_text
+    text = text + text_mod[5] * block.ff_context(_modulated(block.norm2_context, text, text_mod[3], text_mod[4]))
+    return text, image
+
+
+def single_block(
+    block: FluxSingleTransformerBlock, joint: Tensor, time: Tensor, rotary: Rotary, layout: Layout
+) -> Tensor:
+    """One single-stream block over [S, D] in request order: attention and MLP in parallel."""
+    shift, scale, gate = _modulation(block.norm.linear(time), layout.joint_rows, 3)
+    normed = _modulated(block.norm.norm, joint, shift, scale)
+    attn = block.attn
+    query, key = _heads(attn, attn.to_q(normed)), _heads(attn, attn.to_k(normed))
+    attended = packed_attention(
+        _rotate(attn.norm_q(query), rotary),
+        _rotate(attn.norm_k(key), rotary),
+        _heads(attn, attn.to_v(normed)),
+        layout.boundaries,
+    )
+    mlp = block.act_mlp(block.proj_mlp(normed))
+    return joint + gate * block.proj_out(torch.cat([attended.flatten(1), mlp], dim=1))
+
+
+def project(model: FluxTransformer2DModel, joint: Tensor, time: Tensor, layout: Layout) -> Tensor:
+    """Final norm and projection, on target tokens only: [S, D] in request order → [Σ targets, 64]."""
+    image = to_stream_order(joint, layout)[layout.num_text :]
+    target = torch.cat([image[span] for span in layout.targets])
+    rows = torch.cat([layout.image_rows[span] for span in layout.targets])
+    scale, shift = _modulation(model.norm_out.linear(time), rows, 2)
+    return model.proj_out(_modulated(model.norm_out.norm, target, shift, scale))
+
+
+def to_request_order(stream: Tensor, layout: Layout) -> Tensor:
+    """[S, …] in stream order → request order."""
+    return stream if layout.order is None else stream[layout.order]
+
+
+def to_stream_order(joint: Tensor, layout: Layout) -> Tensor:
+    """[S, …] in request order → stream order."""
+    return joint if layout.inverse is None else joint[layout.inverse]
+
+
+def _joint_attention(
+    attn: FluxAttention, text: Tensor, image: Tensor, rotary: Rotary, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """Attention over both streams; each is projected, normalised and projected back with its own weights."""
+    query = torch.cat(
+        [
+            attn.norm_added_q(_heads(attn, attn.add_q_proj(text))),
+            attn.norm_q(_heads(attn, attn.to_q(image))),
+        ]
+    )
+    key = torch.cat(
+        [
+            attn.norm_added_k(_heads(attn, attn.add_k_proj(text))),
+            attn.norm_k(_heads(attn, attn.to_k(image))),
+        ]
+    )
+    value = torch.cat([_heads(attn, attn.add_v_proj(text)), _heads(attn, attn.to_v(image))])
+    attended = packed_attention(
+        _rotate(to_request_order(query, layout), rotary),
+        _rotate(to_request_order(key, layout), rotary),
+        to_request_order(value, layout),
+        layout.boundaries,
+    )
+    attended = to_stream_order(attended.flatten(1), layout)
+    attended_text, attended_image = attended[: layout.num_text], attended[layout.num_text :]
+    return attn.to_add_out(attended_text), attn.to_out[0](attended_image)
+
+
+def _modulation(vectors: Tensor, rows: Tensor, num: int) -> tuple[Tensor, ...]:
+    """[M, num·D] → `num` tensors of [tokens, D], or of [1, D] when all tokens share the only row."""
+    chunks = vectors.chunk(num, dim=1)
+    return chunks if vectors.shape[0] == 1 else tuple(chunk[rows] for chunk in chunks)
+
+
+def _modulated(norm: torch.nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return norm(x) * (1 + scale) + shift
+
+
+def _heads(attn: FluxAttention, x: Tensor) -> Tensor:
+    return rearrange(x, "s (h d) -> s h d", d=attn.head_dim)
+
+
+def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate interleaved pairs in float32, back to x's dtype: [S, H, d]."""
+    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)

@@ -1,0 +1,174 @@
+"""Loading: what is missing or does not fit is named; a fused directory gives the same model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.checkpoints import (
+    FUSED_EMBEDDINGS,
+    SHIPPED,
+    ModelSource,
+    load_model,
+    load_transformer,
+    write_fused,
+)
+from model.errors import WeightsError
+from model.fabricate import Shape, write_model
+from tests.model.requests import sample
+from tests.model.test_transformer import ours
+
+MAIN = "dreamo/dreamo.safetensors"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The shipped model, to be damaged."""
+    return Path(shutil.copytree(SHIPPED, tmp_path / "model"))
+
+
+def refusal(source: ModelSource) -> WeightsError:
+    with pytest.raises(WeightsError) as caught:
+        load_model(replace(source, device="cpu"))
+    return caught.value
+
+
+def edit(file: Path, **changes: torch.Tensor | None) -> None:
+    """Replace or remove tensors of a safetensors file; `__` in a name stands for a dot."""
+    tensors = load_file(file)
+    for name, tensor in changes.items():
+        key = name.replace("__", ".")
+        assert key in tensors
+        del tensors[key]
+        if tensor is not None:
+            tensors[key] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_wrong_path_names_the_setting(tmp_path: Path) -> None:
+    """Neither a directory nor a hub id: the message names DREAMSERVE_BASE_MODEL."""
+    error = refusal(ModelSource(base_model=str(tmp_path / "nowhere")))
+    assert error.code == "model_not_found"
+    assert "DREAMSERVE_BASE_MODEL" in error.message
+
+
+def test_an_empty_directory_is_not_a_model(tmp_path: Path) -> None:
+    """A directory in another layout says which file was looked for."""
+    error = refusal(ModelSource(base_model=str(tmp_path)))
+    assert error.code == "model_not_found"
+    assert "transformer/config.json" in error.message
+
+
+@pytest.mark.parametrize("missing", [MAIN, "dreamo/v1.1/dreamo_dpo_lora.safetensors"])
+def test_a_missing_dreamo_file_is_named(copy: Path, missing: str) -> None:
+    """Every file of the stack is needed."""
+    (copy / missing).unlink()
+    error = refusal(ModelSource(base_model=str(copy)))
+    assert error.code == "weights_missing"
+    assert missing in error.message
+
+
+def test_no_dreamo_directory(copy: Path) -> None:
+    """FLUX alone is not this service: the message names DREAMSERVE_DREAMO."""
+    shutil.rmtree(copy / "dreamo")
+    error = refusal(ModelSource(base_model=str(copy)))
+    assert error.code == "weights_missing"
+    assert "DREAMSERVE_DREAMO" in error.message
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "code"),
+    [
+        ("dreamo_task_embedding__weight", None, "weights_key_missing"),
+        ("dreamo_idx_embedding__weight", torch.zeros(10, 64), "weights_shape"),
+        ("dreamo_t5_embedding__weight", torch.zeros(10, 63), "weights_shape"),
+        ("double_blocks_0_processor__qkv_lora1__up__weight", torch.zeros(383, 8), "weights_shape"),
+        ("double_blocks_0_processor__proj_lora1__up__weight", torch.zeros(64, 8), "weights_shape"),
+        ("single_blocks_0_processor__proj_lora__down__weight", None, "weights_key_missing"),
+    ],
+)
+def test_a_wrong_key_of_the_main_file_is_refused(copy: Path, key: str, tensor: torch.Tensor | None, code: str) -> None:
+    """Keys missing or of another shape, embeddings and adapters alike."""
+    edit(copy / MAIN, **{key: tensor})
+    assert refusal(ModelSource(base_model=str(copy))).code == code
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "tensor", "code"),
+    [
+        (
+            "transformer/diffusion_pytorch_model.safetensors",
+            "x_embedder__weight",
+            None,
+            "weights_key_missing",
+        ),
+        (
+            "transformer/diffusion_pytorch_model.safetensors",
+            "x_embedder__weight",
+            torch.zeros(9, 64),
+            "weights_shape",
+        ),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder__conv_in__bias", None, "weights_key_missing"),
+        (
+            "text_encoder_2/model.safetensors",
+            "encoder__final_layer_norm__weight",
+            None,
+            "weights_key_missing",
+        ),
+        ("text_encoder/model.safetensors", "final_layer_norm__weight", torch.zeros(3), "weights_shape"),
+    ],
+)
+def test_a_damaged_base_is_refused(copy: Path, file: str, key: str, tensor: torch.Tensor | None, code: str) -> None:
+    """A tensor the libraries would quietly fill with noise is an error, in every network."""
+    names = [name for name in load_file(copy / file) if name.endswith(key.replace("__", "."))]
+    edit(copy / file, **{names[0].replace(".", "__"): tensor})
+    error = refusal(ModelSource(base_model=str(copy)))
+    assert error.code == code
+    assert file.split("/", maxsplit=1)[0] in error.message
+
+
+def test_a_truncated_file_is_refused(copy: Path) -> None:
+    """Half a download."""
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert refusal(ModelSource(base_model=str(copy))).code == "weights_format"
+
+
+def test_cuda_is_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for CUDA where there is none is a sentence, not an assertion in torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(WeightsError, match="no CUDA device"):
+        load_model(ModelSource(device="cuda"))
+
+
+@pytest.mark.parametrize(("version", "turbo"), [("v1", False), ("v1.1", True)])
+def test_a_fused_directory_is_the_same_model(tmp_path: Path, version: str, turbo: bool) -> None:
+    """`write_fused` and loading it give bit for bit what fusing at start gives."""
+    source = ModelSource(version=version, turbo=turbo, device="cpu", dtype="bfloat16")  # type: ignore[arg-type]
+    write_fused(source, tmp_path / "fused")
+    direct = load_transformer(source)
+    fused = load_transformer(replace(source, fused=tmp_path / "fused"))
+    for key, tensor in direct.transformer.state_dict().items():
+        assert torch.equal(fused.transformer.state_dict()[key], tensor), key
+    for key, tensor in direct.embeddings.items():
+        assert torch.equal(fused.embeddings[key], tensor)
+    with pytest.raises(WeightsError, match="not empty"):
+        write_fused(source, tmp_path / "fused")
+    (tmp_path / "fused" / FUSED_EMBEDDINGS).unlink()
+    with pytest.raises(WeightsError, match="is missing"):
+        load_transformer(replace(source, fused=tmp_path / "fused"))
+
+
+def test_another_size_runs_by_the_same_code(tmp_path: Path) -> None:
+    """A model with FLUX's VAE factor, other axes and more heads loads and answers; nothing assumes the tiny one."""
+    shape = Shape(double_blocks=1, single_blocks=1, heads=2, axes=(4, 6, 6), vae_blocks=(8, 8, 16, 16))
+    write_model(tmp_path, shape, seed=1)
+    model = load_model(ModelSource(base_model=str(tmp_path), device="cpu"))
+    assert (model.codec.cell, model.spec.cell, model.spec.width.default) == (16, 16, 1024)
+    velocity = ours(model, [sample(model, 1, (4, 6), {1: (2, 2)}, timestep=0.5)])[0]
+    assert velocity.shape == (24, 64)
