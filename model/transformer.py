@@ -122,8 +122,8 @@ def single_block(
     attn = block.attn
     query, key = _heads(attn, attn.to_q(normed)), _heads(attn, attn.to_k(normed))
     attended = packed_attention(
-        _rotate(attn.norm_q(query), rotary),
-        _rotate(attn.norm_k(key), rotary),
+        _rotate(_normalized(attn.norm_q, query), rotary),
+        _rotate(_normalized(attn.norm_k, key), rotary),
         _heads(attn, attn.to_v(normed)),
         layout.boundaries,
     )
@@ -156,14 +156,14 @@ def _joint_attention(
     """Attention over both streams; each is projected, normalised and projected back with its own weights."""
     query = torch.cat(
         [
-            attn.norm_added_q(_heads(attn, attn.add_q_proj(text))),
-            attn.norm_q(_heads(attn, attn.to_q(image))),
+            _normalized(attn.norm_added_q, _heads(attn, attn.add_q_proj(text))),
+            _normalized(attn.norm_q, _heads(attn, attn.to_q(image))),
         ]
     )
     key = torch.cat(
         [
-            attn.norm_added_k(_heads(attn, attn.add_k_proj(text))),
-            attn.norm_k(_heads(attn, attn.to_k(image))),
+            _normalized(attn.norm_added_k, _heads(attn, attn.add_k_proj(text))),
+            _normalized(attn.norm_k, _heads(attn, attn.to_k(image))),
         ]
     )
     value = torch.cat([_heads(attn, attn.add_v_proj(text)), _heads(attn, attn.to_v(image))])
@@ -190,6 +190,15 @@ def _modulated(norm: torch.nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -
 
 def _heads(attn: FluxAttention, x: Tensor) -> Tensor:
     return rearrange(x, "s (h d) -> s h d", d=attn.head_dim)
+
+
+def _normalized(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:
+    """RMS norm over d in float32, rounded to the weight's dtype before the weight is applied.
+
+    So did diffusers 0.33.1, on which DreamO was released; torch's own RMSNorm rounds once, after the weight.
+    """
+    variance = x.float().pow(2).mean(-1, keepdim=True)
+    return (x * torch.rsqrt(variance + norm.eps)).to(norm.weight.dtype) * norm.weight
 
 
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:

@@ -15,16 +15,16 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from model.faces import align_face, whiten
-from model.preprocess import area_size, load_tools, on_white, resize_area, resize_long, to_tensor_range
 from safetensors import safe_open
 
 from model.adapters import Version, fuse, read_adapter, stack
 from model.checkpoints import ModelSource, load_model, load_transformer
 from model.cutout import alpha_from_map
+from model.faces import align_face, whiten
 from model.noise import ReleasedDraws
 from model.packing import Kind, Layout, lay_out, pack
 from model.pipeline import EncodedReference, EncodedRequest, ImageRequest, Pipeline
+from model.preprocess import area_size, load_tools, on_white, resize_area, resize_long, to_tensor_range
 from model.roles import Role
 from model.sampling import Denoising, step_latents, velocities
 from model.text import PromptEmbeds
@@ -132,41 +132,56 @@ def check_t5_table(recording: Recording, assets: Assets) -> Iterator[Row]:
 
 def check_case(recording: Recording, assets: Assets) -> Iterator[Row]:
     """One recorded call, from tokens and pixels to the final latents."""
-    meta, tensors = recording.meta, recording.tensors
+    wanted = Wanted(recording.tensors)
+    meta = recording.meta
     model = load_model(assets.source(DTYPES[meta.get("dtype", "torch.float32")]))
     pipeline = Pipeline(model, load_tools("grabcut", "opencv", "cpu"))
     yield from _check_prompt(pipeline, recording)
     encoded = _encoded(pipeline, recording)
-    for slot, reference in enumerate(encoded.references):
-        yield compare(f"ref{slot}.vae_moments", reference.moments, tensors[f"ref{slot}.vae_moments"][0])
+    for number, reference in enumerate(encoded.references):
+        yield from wanted.rows(f"ref{number}.vae_moments", reference.moments[None])
     run = pipeline.start(encoded, meta["seed"], ReleasedDraws(meta["seed"], meta["global_rng_seed"]))
-    for slot, reference in enumerate(run.condition.references):
-        yield compare(f"ref{slot}.latents", reference.tokens, tensors[f"ref{slot}.latents_packed"][0])
-    yield compare("init_latents", run.latents, tensors["init_latents_packed"][0])
-    yield compare("sigmas", run.sigmas, tensors["sigmas"])
-    yield compare("timesteps", run.sigmas[:-1] * 1000, tensors["timesteps"])
-    yield from _check_layout(pipeline, run, tensors)
-    if any(key.startswith("deep.step0.") for key in tensors):
-        yield from _check_depth(pipeline, run, tensors)
+    for number, reference in enumerate(run.condition.references):
+        yield from wanted.rows(f"ref{number}.latents_packed", reference.tokens[None])
+    yield from wanted.rows("init_latents_packed", run.latents[None])
+    yield from wanted.rows("sigmas", run.sigmas)
+    yield from wanted.rows("timesteps", run.sigmas[:-1] * 1000)
+    yield from _check_layout(pipeline, run, wanted)
+    yield from _check_depth(pipeline, run, wanted)
     for step in range(run.num_steps):
         parts = velocities(model.transformer, model.tables, [run])[0]
-        yield from _check_step(run, parts, tensors)
+        yield from _check_step(run, parts, wanted)
         run = replace(run, latents=step_latents(run, parts), step=step + 1)
-    yield compare("final_latents", run.latents, tensors["final_latents_packed"][0])
-    if "image" in tensors:
-        yield compare("image", model.codec.decode(run.latents, run.condition.target_grid), tensors["image"][0])
+    yield compare("final_latents_packed", run.latents[None], recording.tensors["final_latents_packed"])
+    if "image" in recording.tensors:
+        image = model.codec.decode(run.latents, run.condition.target_grid)
+        yield from wanted.rows("image", image[None])
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The recorded tensors. A recording need not hold all of them; what it holds is compared."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def rows(self, name: str, got: torch.Tensor) -> Iterator[Row]:
+        if name in self.tensors:
+            yield compare(name, got, self.tensors[name])
 
 
 def _check_prompt(pipeline: Pipeline, recording: Recording) -> Iterator[Row]:
-    meta, text = recording.meta, pipeline.model.text
+    meta, text, wanted = recording.meta, pipeline.model.text, Wanted(recording.tensors)
     tokens = text.tokenize(meta["prompt"])
-    yield same("t5_ids", list(tokens.t5), _trimmed(meta["t5_ids"], end=1))
-    yield same("clip_ids", list(tokens.clip), _trimmed(meta["clip_ids"], end=tokens.clip[-1]))
-    for prefix, prompt in (("", meta["prompt"]), ("negative_", meta["neg_prompt"])):
-        if f"{prefix}prompt_embeds" in recording.tensors:
-            embeds = text.encode(prompt)
-            yield compare(f"{prefix}prompt_embeds", embeds.text, recording.tensors[f"{prefix}prompt_embeds"][0])
-            yield compare(f"{prefix}pooled", embeds.pooled, recording.tensors[f"{prefix}pooled_prompt_embeds"][0])
+    if "t5_ids" in meta:
+        yield same("t5_ids", list(tokens.t5), _trimmed(meta["t5_ids"], end=tokens.t5[-1]))
+    if "clip_ids" in meta:
+        yield same("clip_ids", list(tokens.clip), _trimmed(meta["clip_ids"], end=tokens.clip[-1]))
+    if text.t5.dtype != torch.float32:
+        return  # stored embeddings are used; in bfloat16 they depend on the release of transformers
+    for prefix, prompt in (("", meta["prompt"]), ("negative_", meta.get("neg_prompt", ""))):
+        embeds = text.encode(prompt)
+        yield from wanted.rows(f"{prefix}prompt_embeds", embeds.text[None])
+        yield from wanted.rows(f"{prefix}pooled_prompt_embeds", embeds.pooled[None])
 
 
 def _trimmed(ids: list[int], end: int) -> list[int]:
@@ -196,55 +211,48 @@ def _encoded(pipeline: Pipeline, recording: Recording) -> EncodedRequest:
     def embeds(prefix: str, prompt: str) -> PromptEmbeds:
         if f"{prefix}prompt_embeds" not in tensors:
             return text.encode(prompt)
-        return PromptEmbeds(tensors[f"{prefix}prompt_embeds"][0], tensors[f"{prefix}pooled_prompt_embeds"][0])
+        stored = tensors[f"{prefix}prompt_embeds"][0], tensors[f"{prefix}pooled_prompt_embeds"][0]
+        return PromptEmbeds(*stored)
 
-    references = []
+    references: list[EncodedReference] = []
     for number, reference in enumerate(meta["refs"]):
         pixels = tensors[f"ref{number}.img"][0]
-        references.append(
-            EncodedReference(
-                slot=reference["idx"],
-                role=ROLES[reference["task"]],
-                moments=codec.moments(pixels),
-                grid=codec.grid(pixels.shape[1], pixels.shape[2]),
-            )
-        )
+        grid = codec.grid(pixels.shape[1], pixels.shape[2])
+        role = ROLES[reference["task"]]
+        references.append(EncodedReference(reference["idx"], role, codec.moments(pixels), grid))
     uses_negative = meta["true_cfg"] > 1 and meta["cfg_end_step"] > meta["cfg_start_step"]
     negative = embeds("negative_", meta["neg_prompt"]) if uses_negative else None
     return EncodedRequest(request, embeds("", meta["prompt"]), negative, tuple(references))
 
 
-def _check_layout(pipeline: Pipeline, run: Denoising, tensors: Mapping[str, torch.Tensor]) -> Iterator[Row]:
+def _check_layout(pipeline: Pipeline, run: Denoising, wanted: Wanted) -> Iterator[Row]:
     layout: Layout = lay_out([run.condition])
     num_text = layout.num_text
-    yield compare("txt_ids", layout.ids[:num_text], tensors["txt_ids"])
-    yield compare("img_ids", layout.ids[num_text:], tensors["img_ids"])
-    yield compare("embeddings", pipeline.model.tables.rows(layout), tensors["embeddings"][0])
+    yield from wanted.rows("txt_ids", layout.ids[:num_text])
+    yield from wanted.rows("img_ids", layout.ids[num_text:])
+    yield from wanted.rows("embeddings", pipeline.model.tables.rows(layout)[None])
     references = [segment for segment in layout.segments if segment.kind is Kind.REFERENCE]
     for number, segment in enumerate(references):
-        yield compare(f"ref{number}.pos_ids", segment.ids, tensors[f"ref{number}.pos_ids"])
+        yield from wanted.rows(f"ref{number}.pos_ids", segment.ids)
 
 
-def _check_step(run: Denoising, parts: list[torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> Iterator[Row]:
+def _check_step(run: Denoising, parts: list[torch.Tensor], wanted: Wanted) -> Iterator[Row]:
     name = f"step{run.step}"
-    yield compare(f"{name}.timestep", run.timestep.reshape(1), tensors[f"{name}.timestep_over_1000"])
-    yield compare(f"{name}.guidance", torch.tensor([run.guidance.at(run.step)]), tensors[f"{name}.guidance"])
-    yield compare(f"{name}.velocity", parts[0], tensors[f"{name}.noise_pred_pos"][0])
-    yield same(f"{name}.branches", len(parts), 2 if f"{name}.noise_pred_neg" in tensors else 1)
+    yield from wanted.rows(f"{name}.timestep_over_1000", run.timestep.reshape(1))
+    yield from wanted.rows(f"{name}.guidance", torch.tensor([run.guidance.at(run.step)]))
+    yield from wanted.rows(f"{name}.noise_pred_pos", parts[0][None])
+    if f"{name}.noise_pred_pos" in wanted.tensors:
+        yield same(f"{name}.branches", len(parts), 2 if f"{name}.noise_pred_neg" in wanted.tensors else 1)
     if len(parts) == 2 and run.negative is not None:
-        yield compare(f"{name}.negative", parts[1], tensors[f"{name}.noise_pred_neg"][0])
-        yield compare(
-            f"{name}.negative_guidance",
-            torch.tensor([run.guidance.negative]),
-            tensors[f"{name}.neg_guidance"],
-        )
+        yield from wanted.rows(f"{name}.noise_pred_neg", parts[1][None])
+        yield from wanted.rows(f"{name}.neg_guidance", torch.tensor([run.guidance.negative]))
         layout = lay_out([run.negative])
-        yield compare(f"{name}.negative_ids", layout.ids[layout.num_text :], tensors[f"{name}.neg_img_ids"])
-    yield compare(f"{name}.latents", step_latents(run, parts), tensors[f"{name}.latents_after"][0])
+        yield from wanted.rows(f"{name}.neg_img_ids", layout.ids[layout.num_text :])
+    yield from wanted.rows(f"{name}.latents_after", step_latents(run, parts)[None])
 
 
 @torch.inference_mode()
-def _check_depth(pipeline: Pipeline, run: Denoising, tensors: Mapping[str, torch.Tensor]) -> Iterator[Row]:
+def _check_depth(pipeline: Pipeline, run: Denoising, wanted: Wanted) -> Iterator[Row]:
     """Outputs inside the first forward, block by block."""
     model, tables = pipeline.model.transformer, pipeline.model.tables
     layout = lay_out([run.condition])
@@ -252,21 +260,20 @@ def _check_depth(pipeline: Pipeline, run: Denoising, tensors: Mapping[str, torch
     rotary = rotary_tables(model, layout)
     embedded = embed(model, tables, packed)
     got = {"pos_embed.0": rotary.cos, "pos_embed.1": rotary.sin}
-    got["x_embedder.0"] = embedded.image - tables.rows(layout)
+    got["x_embedder.0"] = (embedded.image - tables.rows(layout))[None]
     text, image = embedded.text, embedded.image
     for number, block in enumerate(model.transformer_blocks):
         text, image = double_block(block, text, image, embedded.time, rotary, layout)
-        got[f"double{number}.0"], got[f"double{number}.1"] = text, image
+        got[f"double{number}.0"], got[f"double{number}.1"] = text[None], image[None]
     joint = to_request_order(torch.cat([text, image]), layout)
     for number, block in enumerate(model.single_transformer_blocks):
         joint = single_block(block, joint, embedded.time, rotary, layout)
-        got[f"single{number}.0"] = joint
+        got[f"single{number}.0"] = joint[None]
     for key, value in got.items():
-        wanted = tensors.get(f"deep.step0.{key}")
-        if wanted is not None:
-            yield compare(f"step0.{key}", value, wanted if wanted.ndim == 2 else wanted[0])
-    wanted = torch.nn.functional.silu(tensors["deep.step0.time_text_embed.0"])
-    yield compare("step0.time_text_embed", embedded.time, wanted)
+        yield from wanted.rows(f"deep.step0.{key}", value)
+    time = wanted.tensors.get("deep.step0.time_text_embed.0")
+    if time is not None:
+        yield compare("deep.step0.time_text_embed.0", embedded.time, torch.nn.functional.silu(time))
 
 
 def check_preprocessing(recording: Recording) -> Iterator[Row]:

@@ -17,6 +17,8 @@ from tests.golden.__main__ import HERE, TOLERANCE
 from tests.golden.recording import Assets, Recording, check, read_recording
 
 RECORDINGS = sorted(HERE.glob("*.safetensors"))
+MORE = HERE / "more"
+"""Recorded since, by running the released code (461e35ba) on the pinned stack and the same weights."""
 
 
 def worst(recording: Recording, assets: Assets | None = None) -> float:
@@ -30,6 +32,20 @@ def test_recording(path: Path) -> None:
     rows = list(check(recording, Assets(HERE)))
     assert len(rows) >= 10
     assert {row.name: row.error for row in rows if row.error > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "turbo"),
+    [("style", "v1.1", True), ("empty_slot", "v1.1", True), ("v1_no_turbo_true_cfg", "v1", False)],
+)
+def test_more_recordings(name: str, version: Version, turbo: bool) -> None:
+    """A style reference, an empty first slot, and the v1 stack without turbo under true CFG with placeholders."""
+    assert worst(read_recording(MORE / f"{name}.safetensors"), Assets(HERE, version, turbo)) <= TOLERANCE
+
+
+def test_bfloat16_is_exact() -> None:
+    """Three references with placeholders in bfloat16: latents equal the released pipeline's bit for bit."""
+    assert worst(read_recording(MORE / "three_references_bfloat16.safetensors")) == 0
 
 
 def altered(name: str, **meta: object) -> Recording:
@@ -97,7 +113,7 @@ def test_bfloat16_fusing_is_exact() -> None:
 
     The recording holds four tensors that diffusers 0.33.1 with peft 0.15.2 gave on the same files (v1, no turbo).
     """
-    recording = read_recording(HERE / "bfloat16" / "fused_v1.safetensors")
+    recording = read_recording(MORE / "fused_v1_no_turbo_bfloat16.safetensors")
     assets = Assets(HERE, "v1", turbo=False)
     rows = [row for row in check(recording, assets) if row.name in recording.tensors]
     assert len(rows) == len(recording.tensors)

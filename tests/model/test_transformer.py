@@ -71,11 +71,12 @@ def test_the_negative_branch_is_plain_flux(tiny: LoadedModel) -> None:
     assert (ours(tiny, [dressed])[0] - wanted).abs().max() > 1e-2
 
 
-def test_bfloat16_equals_stock_diffusers() -> None:
-    """In the dtype of production, roundings happen at the same places as in diffusers: not a bit differs."""
+def test_bfloat16_stays_with_stock_diffusers() -> None:
+    """In the dtype of production only the QK norm rounds elsewhere (as the release did): within bfloat16's error."""
     model = load_model(ModelSource(device="cpu", dtype="bfloat16"))
     one = sample(model, 7, (8, 8), {1: (4, 4), 2: (4, 4)}, timestep=0.75, guidance=4.5)
-    assert torch.equal(ours(model, [one])[0], stock(model.transformer, model.tables, one))
+    got, wanted = ours(model, [one])[0].float(), stock(model.transformer, model.tables, one).float()
+    assert (got - wanted).norm() / wanted.norm() < 1e-2
 
 
 def test_a_mixed_pack_equals_the_solo_runs(tiny: LoadedModel) -> None:
