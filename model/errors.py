@@ -23,7 +23,9 @@ class ModelError(Exception):
 
 
 class WeightsError(ModelError):
-    """Codes: `model_not_found`, `weights_missing`, `weights_key_missing`, `weights_shape`, `weights_format`."""
+    """Codes: `model_not_found`, `weights_missing`, `weights_key_missing`, `weights_shape`, `weights_format`,
+    `device_unavailable`, `output_exists`.
+    """
 
 
 class UnusableReferenceError(ModelError):

@@ -49,6 +49,7 @@ class Shape:
 TINY = Shape()
 TINY_SPEC = {
     "name": "dreamo-tiny",
+    "about": "Random weights: the path is real, the pictures are abstract. Point DREAMSERVE_BASE_MODEL at FLUX.1-dev.",
     "width": {"minimum": 32, "maximum": 128, "step": 8, "default": 64},
     "height": {"minimum": 32, "maximum": 128, "step": 8, "default": 64},
     "num_inference_steps": {"minimum": 1, "maximum": 50, "step": 1, "default": 8},

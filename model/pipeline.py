@@ -165,8 +165,14 @@ class Pipeline:
         )
 
     def step(self, runs: Sequence[Denoising]) -> tuple[Denoising, ...]:
-        """All runs one denoise step further, in one forward."""
-        return advance(self.model.transformer, self.model.tables, runs)
+        """All runs one denoise step further, in one forward; returns when the device has finished it.
+
+        So a step's end means something: progress, cancellation and timings hang on it.
+        """
+        moved = advance(self.model.transformer, self.model.tables, runs)
+        if moved and moved[0].latents.is_cuda:
+            torch.cuda.synchronize(moved[0].latents.device)
+        return moved
 
     def decode(self, run: Denoising) -> NDArray[np.uint8]:
         """The picture of a finished run: uint8 [H, W, 3]."""

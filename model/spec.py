@@ -45,6 +45,7 @@ class ModelSpec:
     """Limits and defaults of one loaded model. Sizes are pixels.
 
     Attributes:
+        about: what a user of this model should know; shown by `/v1/models` and the demo.
         cell: pixels per token side: VAE factor × 2 (FLUX: 16).
         text_tokens: length of the T5 sequence, padding included.
         identity_resolution: side of the square an identity reference becomes.
@@ -68,6 +69,7 @@ class ModelSpec:
     roles: tuple[Role, ...] = tuple(Role)
     exclusive_roles: tuple[Role, ...] = (Role.STYLE,)
     style_trigger: str = "generate a same style image."
+    about: str = ""
 
 
 def flux_spec(name: str, cell: int, *, version: str, turbo: bool) -> ModelSpec:

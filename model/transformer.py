@@ -198,7 +198,7 @@ def _normalized(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:
     So did diffusers 0.33.1, on which DreamO was released; torch's own RMSNorm rounds once, after the weight.
     """
     variance = x.float().pow(2).mean(-1, keepdim=True)
-    return (x * torch.rsqrt(variance + norm.eps)).to(norm.weight.dtype) * norm.weight
+    return (x * torch.rsqrt(variance + cast("float", norm.eps))).to(norm.weight.dtype) * norm.weight
 
 
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:

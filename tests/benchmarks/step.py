@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -12,10 +13,24 @@ from model.roles import Role
 from model.transformer import EmbeddingTables, forward
 from tests.benchmarks.measure import Figure, compared, interleaved
 
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Dimensions of a measured model and request; a reference is `side` × `side` tokens."""
+
+    heads: int
+    axes: tuple[int, int, int]
+    double_blocks: int
+    single_blocks: int
+    text: int
+    target: tuple[int, int]
+    side: int
+
+
 SIZES = {
     # FLUX.1-dev, and its proportions on a narrow model that a CPU can run.
-    "cuda": {"heads": 24, "axes": (16, 56, 56), "blocks": (19, 38), "text": 512, "target": (64, 64), "side": (32, 32)},
-    "cpu": {"heads": 4, "axes": (8, 12, 12), "blocks": (2, 4), "text": 128, "target": (32, 32), "side": (16, 16)},
+    "cuda": Size(24, (16, 56, 56), 19, 38, 512, (64, 64), 32),
+    "cpu": Size(4, (8, 12, 12), 2, 4, 128, (32, 32), 16),
 }
 
 
@@ -24,19 +39,18 @@ def run(device: str, rounds: int) -> list[Figure]:
     size = SIZES[device]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
-    double, single = size["blocks"]
     with torch.device(device):
         model = FluxTransformer2DModel(
-            num_layers=double,
-            num_single_layers=single,
-            num_attention_heads=size["heads"],
-            attention_head_dim=sum(size["axes"]),
-            axes_dims_rope=size["axes"],
+            num_layers=size.double_blocks,
+            num_single_layers=size.single_blocks,
+            num_attention_heads=size.heads,
+            attention_head_dim=sum(size.axes),
+            axes_dims_rope=size.axes,
             joint_attention_dim=4096,
             guidance_embeds=True,
         ).to(dtype)
     model.eval().requires_grad_(False)
-    width = size["heads"] * sum(size["axes"])
+    width = size.heads * sum(size.axes)
     tables = EmbeddingTables(
         torch.randn(2, width, dtype=dtype, device=device), torch.randn(10, width, dtype=dtype, device=device)
     )
@@ -58,15 +72,15 @@ def run(device: str, rounds: int) -> list[Figure]:
     return figures + compared("mixed batch of 0–3 references", seconds, "one by one", tokens=len(mixed.layout.ids))
 
 
-def _request(size: dict, references: int, device: str, dtype: torch.dtype) -> tuple[Condition, torch.Tensor]:
+def _request(size: Size, references: int, device: str, dtype: torch.dtype) -> tuple[Condition, torch.Tensor]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)
 
-    (rows, columns), (side, _) = size["target"], size["side"]
+    (rows, columns), side = size.target, size.side
     tokens = tuple(
         ReferenceTokens(slot, Role.SUBJECT, draw(side * side, 64), (side, side)) for slot in range(1, references + 1)
     )
-    condition = Condition(draw(size["text"], 4096), draw(768), (rows, columns), tokens)
+    condition = Condition(draw(size.text, 4096), draw(768), (rows, columns), tokens)
     return condition, draw(rows * columns, 64)
 
 

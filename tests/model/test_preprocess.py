@@ -36,13 +36,13 @@ class Untouchable:
     """Tools that fail the test when they are used."""
 
     def mask(self, pixels: Pixels) -> Pixels:
-        raise AssertionError("a cut-out was made")
+        raise AssertionError(f"a cut-out of {pixels.shape} was made")
 
     def landmarks(self, pixels: Pixels) -> Landmarks | None:
-        raise AssertionError("a face was searched")
+        raise AssertionError(f"a face was searched in {pixels.shape}")
 
     def keep(self, aligned: Pixels) -> Pixels:
-        raise AssertionError("a face was parsed")
+        raise AssertionError(f"a face of {aligned.shape} was parsed")
 
 
 class FindingOnly(Untouchable):
@@ -67,9 +67,7 @@ def portrait() -> Portrait:
     return draw_portrait()
 
 
-def reference(
-    pixels: Pixels, role: Role, mask: Pixels | None = None, resolution: int = 64, slot: int = 3
-) -> Reference:
+def reference(pixels: Pixels, role: Role, mask: Pixels | None = None, resolution: int = 64, slot: int = 3) -> Reference:
     return Reference(slot=slot, role=role, pixels=pixels, mask=mask, resolution=resolution)
 
 
@@ -198,8 +196,8 @@ def test_an_identity_becomes_an_aligned_square(
     assert got.shape == shape
     assert (got[-side // 16 :] == 255).all()  # neck and clothes
     assert (got[: side // 8, : side // 8] == 255).all()  # wall
-    middle = got[side * 5 // 8, side // 2].astype(int)
-    assert np.abs(middle - (230, 190, 168)).max() < 40  # skin, at the nose
+    red, green, blue = got[side * 5 // 8, side // 2].astype(int)
+    assert 255 > red > green > blue > 60  # skin, at the nose
     assert got.tobytes() == prepare_reference(sent, cell, side, tools).tobytes()
 
 

@@ -1,0 +1,103 @@
+"""The gateway as an ASGI application. Imports no torch: it validates, stores, records and rings."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+import structlog
+from anyio import to_thread
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+from service.gateway import open_gateway
+from service.openapi import install_openapi
+from service.problems import (
+    TABLE,
+    Fault,
+    Problem,
+    answer_http,
+    answer_problem,
+)
+from service.routes import router
+from service.settings import GatewaySettings
+from service.shell import RequestShell
+from workers.artifacts import ArtifactError
+from workers.logs import configure_logging
+
+_LOG = structlog.stdlib.get_logger("service")
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """The application over `settings`; touches neither Redis nor the disk yet.
+
+    Raises:
+        ValueError: no Redis is configured.
+        WeightsError: the model's configuration is missing or wrong.
+    """
+    gateway = open_gateway(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        yield
+        await to_thread.run_sync(gateway.redis.close)
+
+    app = FastAPI(
+        title="dreamserve",
+        version=_version(),
+        description="Images made from images: DreamO customization behind one call.",
+        lifespan=lifespan,
+        docs_url=None,  # the stock page loads scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,  # its answer is built from the Host header
+    )
+    app.state.gateway = gateway
+    app.include_router(router)
+    app.add_exception_handler(Problem, answer_problem)  # pyright: ignore[reportArgumentType] - starlette types handlers by Exception
+    app.add_exception_handler(HTTPException, answer_http)  # pyright: ignore[reportArgumentType] - as above
+    app.add_exception_handler(RequestValidationError, _answer_validation)  # pyright: ignore[reportArgumentType] - as above
+    app.add_exception_handler(RedisError, _answer_redis)
+    app.add_exception_handler(ArtifactError, _answer_artifact)  # pyright: ignore[reportArgumentType] - as above
+    app.add_middleware(RequestShell)
+    install_openapi(app)
+    return app
+
+
+def app_factory() -> FastAPI:
+    """For `uvicorn --factory service.app:app_factory`: settings from the environment."""
+    settings = GatewaySettings()
+    configure_logging(settings.log_level)
+    return create_app(settings)
+
+
+def _answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Path and query parameters; a path that cannot be an id is simply not there."""
+    faults: list[Fault] = []
+    for item in error.errors():
+        place, *names = item["loc"]
+        if place == "path":
+            return answer_problem(request, Problem("not_found"))
+        faults.append(Fault("?" + ".".join(str(name) for name in names), "invalid_value", item["msg"] + "."))
+    return answer_problem(request, Problem.of_faults(faults))
+
+
+def _answer_redis(request: Request, error: Exception) -> JSONResponse:
+    _LOG.warning("redis failed", request_id=request.state.request_id, exception=type(error).__name__)
+    return answer_problem(request, Problem("queue_unavailable"))
+
+
+def _answer_artifact(request: Request, error: ArtifactError) -> JSONResponse:
+    code = error.code if error.code in TABLE else "storage_unavailable"
+    _LOG.warning("artifact store failed", request_id=request.state.request_id, code=code)
+    return answer_problem(request, Problem(code))
+
+
+def _version() -> str:
+    try:
+        return version("dreamserve")
+    except PackageNotFoundError:  # run from a checkout
+        return "0"

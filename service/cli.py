@@ -1,0 +1,215 @@
+"""`dreamserve`: start it, use it, try it, check it. What needs torch runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from service.submit import SubmitError
+
+if TYPE_CHECKING:
+    from service.settings import GatewaySettings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+_OUT = Console()
+_ERR = Console(stderr=True)
+_PASS_ON: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+}
+
+Url = Annotated[str, typer.Option(envvar="DREAMSERVE_URL", help="Where the service runs.")]
+
+
+def main() -> None:
+    """Entry point of the `dreamserve` command."""
+    app(prog_name="dreamserve")
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Default: DREAMSERVE_HOST, else 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: a free one. Default: 8080.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes, each with the model loaded.")] = 1,
+    state_dir: Annotated[Path | None, typer.Option(help="Jobs and pictures. Default: .state.")] = None,
+) -> None:
+    """Start everything: a private Redis unless DREAMSERVE_REDIS_URL is set, workers and the gateway."""
+    from service.process_tree import TreeFailedError  # noqa: PLC0415 - keeps the other commands quick
+    from service.serving import Serving  # noqa: PLC0415 - as above
+    from service.serving import serve as run  # noqa: PLC0415 - as above
+    from workers.redis_process import RedisUnavailableError  # noqa: PLC0415 - as above
+
+    settings = _settings()
+    serving = Serving(
+        host=host or settings.host,
+        port=settings.port if port is None else port,
+        workers=workers,
+        state_dir=state_dir or settings.state_dir,
+        redis_url=settings.redis_url,
+    )
+    try:
+        run(
+            serving,
+            report=lambda text: _ERR.print(f"dreamserve: {text}", markup=False, highlight=False),
+            ready=lambda address: print(f"dreamserve is ready: {address}", flush=True),
+        )
+    except (TreeFailedError, RedisUnavailableError) as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"cannot start: {error}", 2)
+
+
+@app.command()
+def gateway(
+    host: Annotated[str | None, typer.Option(help="Default: DREAMSERVE_HOST, else 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default: DREAMSERVE_PORT, else 8080.")] = None,
+    fd: Annotated[int | None, typer.Option(hidden=True, help="An inherited listening socket.")] = None,
+) -> None:
+    """Start the gateway alone, on DREAMSERVE_REDIS_URL or the Redis of a running `serve` on the same state."""
+    from model.errors import WeightsError  # noqa: PLC0415 - keeps the other commands quick
+    from service.app import create_app  # noqa: PLC0415 - as above
+    from service.serving import run_gateway  # noqa: PLC0415 - as above
+    from workers.logs import configure_logging  # noqa: PLC0415 - as above
+    from workers.redis_process import find_redis  # noqa: PLC0415 - as above
+
+    settings = _settings()
+    url = settings.redis_url or find_redis(settings.state_dir)
+    settings = settings.model_copy(update={"redis_url": url})
+    configure_logging(settings.log_level)
+    try:
+        application = create_app(settings)
+    except WeightsError as error:
+        _fail(f"{error.message} ({error.code})", 2)
+    except ValueError as error:
+        _fail(str(error), 2)
+    run_gateway(application, host or settings.host, settings.port if port is None else port, fd)
+
+
+@app.command(**_PASS_ON)
+def worker(context: typer.Context) -> None:
+    """Start one worker alone (python -m workers.inference), on the same Redis as `gateway`."""
+    _become("workers.inference", context.args)
+
+
+@app.command(**_PASS_ON)
+def fuse(context: typer.Context) -> None:
+    """Fold DreamO's adapters into a FLUX checkpoint (python -m model.fuse)."""
+    _become("model.fuse", context.args)
+
+
+@app.command(**_PASS_ON)
+def doctor(context: typer.Context) -> None:
+    """Say what this machine has and what is missing (python -m workers.doctor)."""
+    _become("workers.doctor", context.args)
+
+
+@app.command()
+def submit(
+    prompt: Annotated[str, typer.Option(help="Write [ref#1] where the first reference is meant.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .png, .jpg or .webp.")],
+    reference: Annotated[
+        list[str] | None, typer.Option(help="ROLE=FILE, once for each slot; 'none' leaves a slot empty.")
+    ] = None,
+    url: Url = "http://127.0.0.1:8080",
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoise steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same picture.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Distilled guidance.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Written as NAME-0, NAME-1, ...")] = 1,
+) -> None:
+    """Make a picture over HTTP and write it to a file."""
+    from service import submit as calls  # noqa: PLC0415 - keeps the other commands quick
+
+    try:
+        body = {
+            "prompt": prompt,
+            "references": [calls.reference(text) for text in reference or ()],
+            "num_images": num_images,
+            "output": {"format": calls.output_format(output)},
+            "num_inference_steps": steps,
+            "seed": seed,
+            "guidance": guidance,
+            **calls.size(size),
+        }
+        with _bar() as bar:
+            task = bar.add_task("sending", total=None, note="")
+            finished = calls.customize(url, body, lambda job: _show(bar, task, job))
+    except SubmitError as error:
+        _fail("\n".join([error.message, *(f"  {fault}" for fault in error.faults)]), 1)
+    for file, data in zip(calls.file_names(output, len(finished.images)), finished.images, strict=True):
+        file.write_bytes(data)
+        _OUT.print(f"wrote {file}", markup=False, highlight=False)
+    _summarize(finished.job)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out")) -> None:
+    """Serve privately, submit two references, write the result and a contact sheet, stop everything."""
+    from service.demo import run_demo  # noqa: PLC0415 - keeps the other commands quick
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that everything is stopped
+    try:
+        finished = run_demo(out, lambda text: _OUT.print(text, markup=False, highlight=False))
+    except SubmitError as error:
+        _fail("\n".join([error.message, *(f"  {fault}" for fault in error.faults)]), 1)
+    _summarize(finished.job)
+    _OUT.print(f"wrote {out / 'demo.png'} and {out / 'contact-sheet.png'}", markup=False, highlight=False)
+
+
+def _settings() -> GatewaySettings:
+    from service.settings import GatewaySettings  # noqa: PLC0415 - keeps the other commands quick
+
+    try:
+        return GatewaySettings()
+    except ValidationError as error:
+        names = ", ".join("DREAMSERVE_" + str(item["loc"][0]).upper() for item in error.errors())
+        _fail(f"check the environment: {names}", 2)
+
+
+def _become(module: str, arguments: list[str]) -> NoReturn:
+    """Replace this process, so that signals and the exit status are the module's own."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606 - no shell is the point
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, TimeElapsedColumn(), console=_ERR, transient=True)
+
+
+def _show(bar: Progress, task: Any, job: dict[str, Any]) -> None:
+    progress = job["progress"]
+    if job["queue"]:
+        bar.update(task, description="queued", note=f"{job['queue']['position']} ahead")
+    elif progress:
+        note = f"step {progress['step']} of {progress['total']}"
+        bar.update(
+            task,
+            description=progress["phase"],
+            completed=progress["step"],
+            total=progress["total"],
+            note=note,
+        )
+
+
+def _summarize(job: dict[str, Any]) -> None:
+    seeds = ", ".join(str(image["seed"]) for image in job["images"])
+    timings = "  ".join(f"{name.removesuffix('_s')} {seconds:.2f} s" for name, seconds in job["timings"].items())
+    for line in (f"job {job['id']}", f"seed {seeds}", timings):
+        _OUT.print(line, markup=False, highlight=False)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    _ERR.print(f"dreamserve: {message}", markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

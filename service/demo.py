@@ -1,0 +1,78 @@
+"""The whole line once, as a stranger would use it: serve, submit two references, look at the result."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from service.process_tree import die_with_parent
+from service.samples import contact_sheet, sample
+from service.submit import Finished, SubmitError, customize, data_url, model_about
+
+PROMPT = "the star from [ref#1] and the mug from [ref#2] on a wooden table"
+SEED = 7
+READY_S = 300.0
+STOP_S = 40.0
+
+
+def run_demo(out: Path, report: Callable[[str], None]) -> Finished:
+    """Write `demo.png` and `contact-sheet.png` to `out`; everything that was started has ended on return.
+
+    Raises:
+        SubmitError: the service did not start, or refused or failed the job.
+    """
+    references = {"star": sample("star"), "mug": sample("mug")}
+    body = {
+        "prompt": PROMPT,
+        "references": [{"role": "subject", "image": data_url(data, name)} for name, data in references.items()],
+        "seed": SEED,
+    }
+    report("starting Redis, a worker and the gateway ...")
+    with tempfile.TemporaryDirectory(prefix="dreamserve-demo-") as state, _serving(Path(state)) as url:
+        report(f"ready at {url}; submitting two references")
+        about = model_about(url)
+        finished = customize(url, body, lambda _: None)
+    if about:
+        report(about)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "demo.png").write_bytes(finished.images[0])
+    captions = [f"[ref#{slot}] {name}" for slot, name in enumerate(references, start=1)]
+    tiles = [*zip(captions, references.values(), strict=True), (f"result, seed {SEED}", finished.images[0])]
+    (out / "contact-sheet.png").write_bytes(contact_sheet(tiles))
+    return finished
+
+
+@contextmanager
+def _serving(state_dir: Path) -> Generator[str]:
+    """`dreamserve serve` on a free loopback port with nothing of the caller's own Redis or state."""
+    environment = {key: value for key, value in os.environ.items() if key != "DREAMSERVE_REDIS_URL"}
+    command = [sys.executable, "-m", "service.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--workers", "1", "--state-dir", str(state_dir)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+        preexec_fn=die_with_parent(),  # noqa: PLW1509 - one system call; no other threads here
+    )
+    try:
+        assert process.stdout is not None  # noqa: S101 - a pipe was asked for
+        if not select.select([process.stdout], [], [], READY_S)[0]:
+            raise SubmitError(f"the service was not ready within {READY_S:g} s")
+        line = process.stdout.readline()
+        if not line.strip():
+            raise SubmitError(f"the service ended with status {process.wait()} before it was ready")
+        yield line.split()[-1]
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,49 @@
+"""The parts of the OpenAPI document that FastAPI cannot see: bodies read by hand, and problems."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from service.problems import MEDIA_TYPE, TABLE
+from service.schemas import CustomizeRequest, ProblemBody
+
+_REFERENCE = "#/components/schemas/{model}"
+_PROBLEM_CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}}
+
+CUSTOMIZE_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/CustomizeRequest"}}},
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route: each status with its codes, and `default` for what any route may say."""
+    answers: dict[int | str, dict[str, Any]] = {
+        number: {
+            "description": "Codes: " + ", ".join(code for code, kind in TABLE.items() if kind.status == number),
+            "content": _PROBLEM_CONTENT,
+        }
+        for number in statuses
+    }
+    answers["default"] = {"description": "Any other problem.", "content": _PROBLEM_CONTENT}
+    return answers
+
+
+def install_openapi(app: FastAPI) -> None:
+    """Make `app.openapi()` complete: adds the schemas that routes refer to by name."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            _, extra = models_json_schema(
+                [(CustomizeRequest, "validation"), (ProblemBody, "serialization")], ref_template=_REFERENCE
+            )
+            document["components"]["schemas"].update(extra["$defs"])
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi

@@ -1,0 +1,241 @@
+"""What crosses HTTP: the request as the caller writes it, and the bodies of the answers.
+
+Types only; what a loaded model allows is checked in `admission`, where the limits are known. `None` in a
+request means "the model's default", which the job's `request` then shows.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from model.roles import Role
+from workers.jobs import JobStatus
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+# A plain string here: an unknown role gets its own code in `admission`, which knows the model's roles.
+RoleName = Annotated[str, WithJsonSchema({"type": "string", "enum": [role.value for role in Role]})]
+
+
+class _Input(BaseModel):
+    """Nothing is coerced, nothing unknown is let through, no NaN."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ReferenceBody(_Input):
+    """One picture the result shall take something from."""
+
+    image: str = Field(description="Data URL of a PNG, JPEG or WebP.", examples=["data:image/png;base64,iVBORw0KGgo="])
+    role: RoleName = Field(description="What to take from the picture.")
+    resolution: int | None = Field(
+        None, description="Side of the square whose area the picture has inside the model; more keeps more detail."
+    )
+    mask: str | None = Field(
+        None, description="Data URL of a picture of the same size: what to keep (alpha, or else brightness)."
+    )
+    on_no_face: Literal["fail", "subject"] = Field(
+        "fail", description="Identity without a face: fail the job, or treat the picture as a subject."
+    )
+
+
+class OutputBody(_Input):
+    """How the pictures are written."""
+
+    format: OutputFormat = "png"
+
+
+class CustomizeRequest(_Input):
+    """Body of `POST /v1/customize`."""
+
+    prompt: str = Field(description="`[ref#i]` binds a word to the reference in slot i, counted from 1.")
+    references: list[ReferenceBody | None] = Field(
+        default_factory=list[ReferenceBody | None], description="One entry per slot; null keeps a slot empty."
+    )
+    width: int | None = Field(None, description="Pixels; a multiple of the model's cell.")
+    height: int | None = Field(None, description="Pixels; a multiple of the model's cell.")
+    num_inference_steps: int | None = None
+    guidance: float | None = Field(None, description="Distilled guidance.")
+    first_step_guidance: float | None = Field(None, description="Guidance of the first step; default: guidance.")
+    true_cfg_scale: float | None = Field(None, description="Above 1: a second pass with the negative prompt.")
+    true_cfg_start: int | None = Field(None, description="First step of the true CFG window.")
+    true_cfg_end: int | None = Field(None, description="First step after the true CFG window.")
+    negative_prompt: str | None = None
+    negative_guidance: float | None = Field(None, description="Distilled guidance of the negative pass.")
+    seed: int | None = Field(
+        None, description="0 to 2**64 - 1; default: random. Image n is drawn with seed + n (mod 2**64)."
+    )
+    num_images: int = 1
+    output: OutputBody = Field(default_factory=OutputBody)
+    metadata: dict[str, str] = Field(
+        default_factory=dict[str, str], description="Returned with the job; at most 16 entries, 2048 bytes."
+    )
+
+
+class _Output(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class OutputView(_Output):
+    format: OutputFormat
+
+
+class ReferenceView(_Output):
+    """A reference as the job keeps it: by digest."""
+
+    slot: int
+    role: Role
+    sha256: str
+    mask_sha256: str | None
+    resolution: int | None
+    on_no_face: Literal["fail", "subject"]
+
+
+class EffectiveRequest(_Output):
+    """Every parameter the job runs with, defaults filled in."""
+
+    model: str
+    prompt: str
+    negative_prompt: str
+    references: list[ReferenceView]
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance: float
+    first_step_guidance: float
+    true_cfg_scale: float
+    true_cfg_start: int
+    true_cfg_end: int
+    negative_guidance: float
+    seed: int
+    num_images: int
+    output: OutputView
+
+
+class ProgressView(_Output):
+    phase: Literal["load", "preprocess", "encode", "denoise", "decode"]
+    step: int
+    total: int
+
+
+class QueueView(_Output):
+    position: int = Field(description="Jobs ahead of this one.")
+
+
+class ImageView(_Output):
+    url: str
+    sha256: str
+    width: int
+    height: int
+    media_type: str
+    seed: int
+
+
+class JobErrorView(_Output):
+    code: str
+    message: str
+    retryable: bool
+
+
+class JobUrls(_Output):
+    self: str
+    cancel: str
+
+
+class JobBody(_Output):
+    """A job at one moment. Times are ISO 8601 in UTC."""
+
+    id: str
+    status: JobStatus
+    progress: ProgressView | None
+    queue: QueueView | None = Field(description="Only while queued.")
+    attempt: int
+    cancel_requested: bool
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    expires_at: str | None = Field(description="When the record is dropped; known once the job is terminal.")
+    request: EffectiveRequest
+    images: list[ImageView]
+    error: JobErrorView | None
+    timings: dict[str, float] = Field(description="Seconds by phase: queued_s, preprocess_s, encode_s, ...")
+    urls: JobUrls
+    metadata: dict[str, str]
+
+
+class JobList(_Output):
+    """Newest first."""
+
+    jobs: list[JobBody]
+    next_cursor: str | None
+
+
+class FaultView(_Output):
+    pointer: str = Field(description="JSON pointer into the body, or `?name` for a query parameter.")
+    code: str
+    detail: str
+
+
+class ProblemBody(_Output):
+    """RFC 9457 problem; `docs/errors.md` lists the codes."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    retryable: bool
+    request_id: str
+    errors: list[FaultView]
+
+
+class RangeView(_Output):
+    """Inclusive bounds; a value lies on `step` if that is a whole number."""
+
+    minimum: float
+    maximum: float
+    step: float
+    default: float
+
+
+class ModelBody(_Output):
+    """What the model accepts and what it does when nothing is said."""
+
+    name: str
+    about: str
+    cell: int = Field(description="Width and height are multiples of this many pixels.")
+    width: RangeView
+    height: RangeView
+    num_inference_steps: RangeView
+    guidance: RangeView
+    true_cfg_scale: RangeView
+    reference_resolution: RangeView
+    identity_resolution: int
+    text_tokens: int
+    max_references: int
+    max_images: int
+    max_prompt_characters: int
+    roles: list[Role]
+    exclusive_roles: list[Role]
+    style_trigger: str
+    placeholders: list[str]
+    output_formats: list[OutputFormat]
+
+
+class ModelList(_Output):
+    models: list[ModelBody]
+    workers: list[dict[str, Any]] = Field(description="Cards of the live workers: device, versions, state.")
+
+
+class Liveness(_Output):
+    status: Literal["live"] = "live"
+
+
+class Readiness(_Output):
+    """Redis and the artifact store answer. Jobs are accepted even while `workers_ready` is 0."""
+
+    status: Literal["ready"] = "ready"
+    workers_ready: int = Field(description="Workers with the model loaded, idle or at work.")

@@ -1,0 +1,159 @@
+"""Everything on one machine: a private Redis, the gateway and its workers as one process tree."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import httpx2
+import uvicorn
+from fastapi import FastAPI
+
+from service.process_tree import ProcessTree, Program, TreeFailedError
+from workers.redis_process import start_redis
+
+WATCH_EVERY_S = 0.2
+GRACE_S = 10.0
+MAX_EARLY_RESTARTS = 3
+"""Until everything was ready once, crashing this often is a mistake to be shown rather than weather to sit out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What to serve. Without `redis_url` a private Redis runs in `state_dir`; `port` 0 is any free one."""
+
+    host: str
+    port: int
+    workers: int
+    state_dir: Path
+    redis_url: str | None
+    worker_command: tuple[str, ...] = (sys.executable, "-m", "workers.inference")
+
+
+def serve(serving: Serving, *, report: Callable[[str], None], ready: Callable[[str], None]) -> None:
+    """Run until SIGINT or SIGTERM; nothing is left running on return.
+
+    Args:
+        report: told what happens to the children.
+        ready: told the address, once, when every worker has loaded its model.
+
+    Raises:
+        TreeFailedError: a child cannot run as configured.
+        RedisUnavailableError: no private Redis can be started.
+        OSError: the address is taken or the state directory cannot be made.
+    """
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    serving.state_dir.mkdir(parents=True, exist_ok=True)
+    with _listen(serving.host, serving.port) as listener, _Store(serving, report) as store:
+        readiness = _Readiness(_address(listener), serving.workers, ready)
+        tree = ProcessTree(_programs(serving, listener, store.url), report=report)
+        try:
+            tree.start()
+            while not stopping.wait(WATCH_EVERY_S):
+                store.watch()
+                tree.watch()
+                readiness.look()
+                if not readiness.told and tree.restarts >= MAX_EARLY_RESTARTS:
+                    raise TreeFailedError("it ended too often before it was ready (its messages are above)")
+        finally:
+            tree.stop(GRACE_S)
+
+
+def run_gateway(application: FastAPI, host: str, port: int, fd: int | None) -> None:
+    """Serve HTTP until SIGINT or SIGTERM, on an inherited listening socket if `fd` names one."""
+    config = uvicorn.Config(
+        application,
+        host=host,
+        port=port,
+        log_config=None,  # the process' own format
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+    )
+    sockets = None if fd is None else [socket.socket(fileno=fd)]
+    uvicorn.Server(config).run(sockets=sockets)
+
+
+class _Store:
+    """The Redis that is used: the given one, or a private one, which is started again if it ends."""
+
+    def __init__(self, serving: Serving, report: Callable[[str], None]) -> None:
+        self._state_dir = serving.state_dir
+        self._report = report
+        self._private = None if serving.redis_url else start_redis(serving.state_dir)
+        self.url = self._private.url if self._private else serving.redis_url or ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._private:
+            self._private.stop()
+
+    def watch(self) -> None:
+        """Start the private Redis again on the same socket and data, if it has ended."""
+        if self._private and self._private.process.poll() is not None:
+            self._report(f"Redis ended with status {self._private.process.returncode}; starting it again")
+            self._private.stop()
+            self._private = start_redis(self._state_dir)
+
+
+class _Readiness:
+    """Asks the gateway until every worker is ready, then says so once."""
+
+    def __init__(self, address: str, workers: int, ready: Callable[[str], None]) -> None:
+        self._address = address
+        self._workers = workers
+        self._ready = ready
+        self.told = False
+
+    def look(self) -> None:
+        if self.told:
+            return
+        try:
+            answer = httpx2.get(f"{self._address}/readyz", timeout=1.0, trust_env=False)
+        except httpx2.HTTPError:
+            return
+        if answer.status_code == 200 and answer.json()["workers_ready"] >= self._workers:
+            self.told = True
+            self._ready(self._address)
+
+
+def _programs(serving: Serving, listener: socket.socket, redis_url: str) -> list[Program]:
+    environment = {
+        "DREAMSERVE_REDIS_URL": redis_url,
+        "DREAMSERVE_STATE_DIR": str(serving.state_dir.resolve()),
+    }
+    gateway = Program(
+        "gateway",
+        (sys.executable, "-m", "service.cli", "gateway", "--fd", str(listener.fileno())),
+        environment,
+        pass_fds=(listener.fileno(),),
+    )
+    workers = [
+        Program(f"worker {number}", serving.worker_command, environment) for number in range(1, serving.workers + 1)
+    ]
+    return [gateway, *workers]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound here and handed down: a restarted gateway keeps its port, and callers wait instead of failing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=512)
+
+
+def _address(listener: socket.socket) -> str:
+    """Where to reach the listener from this machine."""
+    bound: tuple[str, int] = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound[0], bound[0])  # noqa: S104 - read, not bound
+    return f"http://[{host}]:{bound[1]}" if ":" in host else f"http://{host}:{bound[1]}"

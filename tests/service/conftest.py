@@ -1,0 +1,110 @@
+"""A gateway over a real Redis, and the hands that tests play callers and workers with."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from PIL import Image
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.settings import GatewaySettings
+from workers.artifacts import ArtifactStore
+from workers.jobs import ImageArtifact, JobResult
+from workers.ledger import Ledger
+from workers.redis_process import RedisProcess, start_redis
+
+TRIGGER = "generate a same style image."
+SPEC = {
+    "name": "unit",
+    "width": {"minimum": 16, "maximum": 128, "step": 8, "default": 72},
+    "height": {"minimum": 16, "maximum": 96, "step": 8, "default": 64},
+    "num_inference_steps": {"minimum": 1, "maximum": 20, "step": 1, "default": 4},
+    "reference_resolution": {"minimum": 16, "maximum": 64, "step": 8, "default": 24},
+    "identity_resolution": 24,
+    "max_prompt_characters": 400,
+    "max_references": 4,
+    "roles": ["subject", "identity", "style", "content"],
+}
+"""Limits unlike any shipped model's, so that a test cannot pass by a constant in the code."""
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (12, 10), colour: tuple[int, int, int] = (200, 30, 40)) -> bytes:
+    """A picture of one colour, (width, height) pixels."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def data_url(data: bytes, media_type: str = "image/png") -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def reference(role: str = "subject", **changes: Any) -> dict[str, Any]:
+    return {"image": data_url(picture()), "role": role, **changes}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One gateway, its caller, and the worker's side of its ledger and store."""
+
+    client: TestClient
+    redis: redis.Redis
+    ledger: Ledger
+    store: ArtifactStore
+
+    def submit(self, **changes: Any) -> dict[str, Any]:
+        """An accepted job's body."""
+        answer = self.client.post("/v1/customize", json={"prompt": "a toy", **changes})
+        assert answer.status_code == 202, answer.text
+        return answer.json()
+
+    def finish(self, job_id: str, data: bytes, seed: int = 7) -> JobResult:
+        """Do what a worker does: claim, publish, commit."""
+        token = self.ledger.claim(job_id, "test-worker")
+        assert token is not None
+        name = f"{job_id}.{token}.0.png"
+        digest = self.store.publish(name, data)
+        image = ImageArtifact(name, digest, "image/png", 12, 10, len(data), seed)
+        result = JobResult((image,), {"denoise_s": 0.25})
+        assert self.ledger.commit(job_id, token, result)
+        return result
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with just what the gateway reads of one: a VAE of 8 pixels per token, and limits."""
+    folder = tmp_path_factory.mktemp("unit")
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8]}))
+    (folder / "dreamserve.json").write_text(json.dumps({"spec": SPEC}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    server = start_redis(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+def settings(url: str, state: Path, model: Path, **changes: Any) -> GatewaySettings:
+    return GatewaySettings(redis_url=url, state_dir=state, base_model=str(model), redis_timeout_s=1.0, **changes)
+
+
+@pytest.fixture
+def bench(redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iterator[Bench]:
+    client = redis.Redis.from_url(redis_server.url)
+    client.flushdb()
+    app = create_app(settings(redis_server.url, tmp_path, model_dir, max_body_bytes=2**20))
+    with TestClient(app) as caller:
+        yield Bench(caller, client, Ledger(client), app.state.gateway.store)
+    client.close()

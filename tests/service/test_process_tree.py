@@ -1,0 +1,95 @@
+"""Children are restarted, stopped to the last one, and never outlive their parent."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from service.process_tree import ProcessTree, Program, TreeFailedError
+
+
+def _python(code: str, *arguments: str, name: str = "child", pass_fds: tuple[int, ...] = ()) -> Program:
+    return Program(name, (sys.executable, "-S", "-c", code, *arguments), pass_fds=pass_fds)
+
+
+def _closed(reader: int, seconds: float = 10.0) -> bool:
+    """Whether every holder of the pipe's other end is gone: it then reads as ended."""
+    return bool(select.select([reader], [], [], seconds)[0]) and os.read(reader, 1) == b""
+
+
+def test_ended_child_is_started_again(tmp_path: Path) -> None:
+    """A crashed child comes back, after a pause that grows, and each end is reported."""
+    log = tmp_path / "starts"
+    said: list[str] = []
+    program = _python("import sys; open(sys.argv[1], 'a').write('x'); sys.exit(5)", str(log))
+    tree = ProcessTree([program], report=said.append)
+    tree.start()
+    deadline = time.monotonic() + 20
+    while not (log.exists() and len(log.read_text()) >= 2 and len(said) >= 2):
+        assert time.monotonic() < deadline
+        tree.watch()
+        time.sleep(0.01)
+    tree.stop(1.0)
+    assert said[:2] == [
+        "child ended with status 5; again in 0.5 s",
+        "child ended with status 5; again in 1 s",
+    ]
+
+
+def test_child_that_cannot_run_ends_the_tree() -> None:
+    """Exit status 2 means that no restart helps: the tree says so instead of trying for ever."""
+    tree = ProcessTree([_python("raise SystemExit(2)", name="worker 1")], report=lambda _: None)
+    tree.start()
+    deadline = time.monotonic() + 20
+    with pytest.raises(TreeFailedError, match="worker 1"):
+        while time.monotonic() < deadline:
+            tree.watch()
+            time.sleep(0.01)
+    tree.stop(1.0)
+
+
+def test_stop_leaves_nothing_behind() -> None:
+    """A child that ignores SIGTERM, and a grandchild that nobody asked, are gone after `stop`."""
+    reader, writer = os.pipe()
+    code = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "os.fork()\n"
+        "os.write(int(sys.argv[1]), b'!')\n"
+        "time.sleep(600)\n"
+    )
+    tree = ProcessTree([_python(code, str(writer), pass_fds=(writer,))], report=lambda _: None)
+    tree.start()
+    os.close(writer)
+    assert os.read(reader, 1) + os.read(reader, 1) == b"!!"
+    tree.stop(0.2)
+    assert _closed(reader)
+    os.close(reader)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a service of the Linux kernel")
+def test_killed_parent_takes_its_children_along() -> None:
+    """kill -9 of the parent leaves it no time to stop anything; the kernel does."""
+    reader, writer = os.pipe()
+    parent_code = (
+        "import sys, time\n"
+        "from service.process_tree import ProcessTree, Program\n"
+        "child = \"import os, sys, time; os.write(int(sys.argv[1]), b'!'); time.sleep(600)\"\n"
+        "command = (sys.executable, '-S', '-c', child, sys.argv[1])\n"
+        "ProcessTree([Program('child', command, pass_fds=(int(sys.argv[1]),))], report=print).start()\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", parent_code, str(writer)], pass_fds=(writer,))
+    os.close(writer)
+    assert os.read(reader, 1) == b"!"
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert _closed(reader)
+    os.close(reader)

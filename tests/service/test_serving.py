@@ -1,0 +1,177 @@
+"""`dreamserve serve` and `submit` as processes talking over HTTP; only the model is left out."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from service.cli import app
+from service.samples import TILE, contact_sheet, mug, star
+from tests.service.conftest import picture
+
+SERVE = """
+import sys
+from pathlib import Path
+from service.serving import Serving, serve
+command = (sys.executable, "-m", "tests.service.fake_worker")
+serve(
+    Serving("127.0.0.1", 0, 2, Path(sys.argv[1]), None, worker_command=command),
+    report=lambda text: print(text, file=sys.stderr, flush=True),
+    ready=lambda address: print(address, flush=True),
+)
+"""
+
+
+def _environment(model: Path | str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("DREAMSERVE_")}
+    return kept | {"DREAMSERVE_BASE_MODEL": str(model)}
+
+
+@pytest.fixture(scope="module")
+def address(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A whole service; at the end SIGTERM must stop all of it, which closing its pipes proves."""
+    state = tmp_path_factory.mktemp("state")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(state)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(model_dir),
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    assert line, process.communicate()[1]
+    yield line
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)  # returns only when nobody holds the pipes any more
+    assert process.returncode == 0, errors
+    with pytest.raises(httpx2.HTTPError):
+        httpx2.get(f"{line}/livez", timeout=1.0)
+
+
+def test_submit_writes_the_picture(address: str, tmp_path: Path) -> None:
+    """From files on the disk to a file on the disk, with an empty slot, the seed and the timings shown."""
+    cat = tmp_path / "cat.png"
+    cat.write_bytes(picture())
+    out = tmp_path / "out.webp"
+    arguments = ["--prompt", "[ref#2] here", "--reference", "none", "--reference", f"subject={cat}", "-o", str(out)]
+    options = ["--size", "80x48", "--steps", "3", "--seed", "11"]
+    done = CliRunner().invoke(app, ["submit", "--url", address, *arguments, *options])
+    assert done.exit_code == 0, done.output
+    assert "seed 11" in done.output
+    assert "denoise 0.10 s" in done.output
+    with Image.open(out) as image:
+        assert (image.format, image.size) == ("WEBP", (80, 48))
+
+
+def test_submit_numbers_several_pictures(address: str, tmp_path: Path) -> None:
+    """Two pictures become two files and two seeds."""
+    arguments = [
+        "--prompt",
+        "a",
+        "--num-images",
+        "2",
+        "--seed",
+        "18446744073709551615",
+        "-o",
+        str(tmp_path / "a.png"),
+    ]
+    done = CliRunner().invoke(app, ["submit", "--url", address, *arguments])
+    assert done.exit_code == 0, done.output
+    assert "seed 18446744073709551615, 0" in done.output
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-0.png", "a-1.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt", "a [ref#1]"], ["/prompt", "placeholder_without_reference"]),
+        (["--prompt", "a", "--size", "81x48"], ["/width", "multiple of 8"]),
+        (["--prompt", "fail"], ["No face was found"]),
+        (["--prompt", "a", "--size", "big"], ["WIDTHxHEIGHT"]),
+        (["--prompt", "a", "--reference", "cat.png"], ["ROLE=FILE"]),
+        (["--prompt", "a", "--reference", "subject=/nowhere.png"], ["cannot read"]),
+        (["--prompt", "a", "--reference", f"subject={__file__}"], ["not a PNG"]),
+        (["--prompt", "a", "--url", "http://127.0.0.1:1"], ["no answer"]),
+    ],
+)
+def test_submit_explains_failures(address: str, tmp_path: Path, arguments: list[str], said: list[str]) -> None:
+    """Exit 1, nothing written, and a message that names the fault."""
+    out = tmp_path / "out.png"
+    done = CliRunner().invoke(app, ["submit", "--url", address, "-o", str(out), *arguments])
+    assert done.exit_code == 1
+    assert not out.exists()
+    for words in said:
+        assert words in done.output
+
+
+def test_killed_worker_is_replaced(address: str) -> None:
+    """A worker that dies is started again; the service keeps two."""
+    cards = httpx2.get(f"{address}/v1/models").json()["workers"]
+    victim = cards[0]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    fresh: set[int] = set()
+    for _ in range(400):
+        fresh = {card["pid"] for card in httpx2.get(f"{address}/v1/models").json()["workers"]}
+        if len(fresh - {card["pid"] for card in cards}) == 1:
+            return
+    pytest.fail(f"no new worker among {fresh}")
+
+
+def test_serve_ends_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
+    """A wrong model ends `serve` at once with status 2 and the remedy, and leaves nothing running."""
+    command = [
+        sys.executable,
+        "-m",
+        "service.cli",
+        "serve",
+        "--port",
+        "0",
+        "--state-dir",
+        str(tmp_path / "state"),
+    ]
+    done = subprocess.run(
+        command, env=_environment(tmp_path / "none"), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "model_not_found" in done.stderr
+    assert done.stdout == ""
+
+
+def test_gateway_alone_needs_redis(model_dir: Path) -> None:
+    """Without a Redis there is nothing to serve: said at once, not with every request."""
+    command = [sys.executable, "-m", "service.cli", "gateway"]
+    done = subprocess.run(command, env=_environment(model_dir), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "DREAMSERVE_REDIS_URL" in done.stderr
+
+
+def test_samples_and_sheet() -> None:
+    """The drawn references differ and decode; the sheet enlarges small pictures without inventing colours."""
+    tiny = Image.new("RGB", (2, 1))
+    tiny.putdata([(255, 0, 0), (0, 0, 255)])
+    buffer = io.BytesIO()
+    tiny.save(buffer, "PNG")
+    assert star() != mug()
+    with Image.open(io.BytesIO(contact_sheet([("a", star()), ("b", buffer.getvalue())]))) as sheet:
+        left = sheet.width - 24 - TILE
+        tile = sheet.crop((left, 24 + TILE // 4, left + TILE, 24 + 3 * TILE // 4))
+        assert {colour for _, colour in tile.getcolors() or []} == {(255, 0, 0), (0, 0, 255)}
+
+
+def test_serve_gives_up_on_a_worker_that_only_crashes(model_dir: Path, tmp_path: Path) -> None:
+    """A worker that dies before it ever was ready ends `serve` after a few tries, not never."""
+    code = SERVE.replace('"-m", "tests.service.fake_worker"', '"-S", "-c", "raise SystemExit(1)"')
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=_environment(model_dir), capture_output=True, text=True, timeout=60, check=False)
+    assert "TreeFailedError: it ended too often" in done.stderr

@@ -1,0 +1,134 @@
+"""The documents are part of the product: what they name exists, what they tell to type works."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("service", "workers", "model", "kernels")
+
+
+def names(text: str) -> set[str]:
+    """Dotted names of ours in backticks."""
+    return set(re.findall(rf"`((?:{'|'.join(ROOMS)})\.[A-Za-z_.]+)`", text))
+
+
+def resolves(name: str) -> bool:
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            value: object = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[cut:]:
+            if not hasattr(value, attribute):
+                return False
+            value = getattr(value, attribute)
+        return True
+    return False
+
+
+def test_the_walks_name_real_functions() -> None:
+    """A reader can search for every name on the two walks."""
+    found = names((ROOT / "ARCHITECTURE.md").read_text())
+    assert len(found) > 30
+    assert {name for name in found if not resolves(name)} == set()
+    assert not resolves("model.packing.no_such_thing")
+
+
+def test_every_file_is_listed() -> None:
+    """The list of files is whole and holds nothing that is gone."""
+    text = (ROOT / "ARCHITECTURE.md").read_text().split("## Files")[1]
+    for room in ROOMS:
+        paragraph = text.split(f"**{room}**")[1].split("\n\n")[0]
+        listed = set(re.findall(r"`([a-z_]+)`", paragraph)) - {"dreamserve"}
+        assert listed == {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}, room
+
+
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/errors.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    """Relative links name files of the repository."""
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
+        assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_make_targets_exist() -> None:
+    """Every `make x` in the documents is a target."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in ("README.md", "CONTRIBUTING.md"):
+        named = set(re.findall(r"(?:^|`)make ([a-z]+)", (ROOT / document).read_text(), re.MULTILINE))
+        assert named
+        assert named <= targets
+
+
+def test_every_code_of_the_model_is_documented() -> None:
+    """What a job or a start can fail with is in docs/errors.md, and the list holds nothing else."""
+    raised: set[str] = set()
+    for path in (ROOT / "model").glob("*.py"):
+        raised |= set(re.findall(r'(?:WeightsError|UnusableReferenceError)\(\s*"([a-z_]+)"', path.read_text()))
+    assert len(raised) > 8
+    text = (ROOT / "docs" / "errors.md").read_text()
+    assert {code for code in raised if f"| `{code}` |" not in text} == set()
+    listed = set(re.findall(r"^\| `([a-z_]+)` \|", text.split("code at start")[1], re.MULTILINE))
+    assert listed <= raised
+
+
+def blocks(document: str) -> list[str]:
+    return re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory):
+    """A whole service with the shipped model, as `make serve` starts it."""
+    state = tmp_path_factory.mktemp("state")
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--state-dir", str(state)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("DREAMSERVE_")}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert "ready" in line
+        yield line.split()[-1]
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def shell(script: str, folder: Path) -> None:
+    """Run a block of the README in a folder that looks like the repository's root."""
+    for name in ("docs", "model"):
+        (folder / name).symlink_to(ROOT / name)
+    binaries = Path(sys.executable).parent
+    script = script.replace(".venv/bin/", f"{binaries}/")
+    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, check=True, timeout=120)
+
+
+def test_the_command_line_example(address: str, tmp_path: Path) -> None:
+    """README's `dreamserve submit` writes a picture."""
+    (script,) = [block for block in blocks("README.md") if "dreamserve submit" in block]
+    shell(f"export DREAMSERVE_URL={address}\n{script}", tmp_path)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_curl_example(address: str, tmp_path: Path) -> None:
+    """README's curl lines write a picture, with an empty slot between two references."""
+    (script,) = [block for block in blocks("README.md") if "curl" in block]
+    shell(script.replace("http://127.0.0.1:8080", address), tmp_path)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_real_weights_example(tmp_path: Path) -> None:
+    """README's lines for real weights, with the shipped files in place of FLUX's and without the last one."""
+    (script,) = [block for block in blocks("README.md") if "dreamserve fuse" in block]
+    script = script.replace("/models/FLUX.1-dev", "model/tiny").replace("/models/DreamO", "model/tiny/dreamo")
+    lines = script.strip().splitlines()
+    assert lines[-1].endswith("dreamserve serve")
+    shell("\n".join([*lines[:-1], ".venv/bin/dreamserve doctor"]), tmp_path)
+    assert (tmp_path / "fused" / "transformer" / "config.json").is_file()

@@ -1,0 +1,123 @@
+"""A small deterministic pipeline with the real one's contract, and a worker process around it.
+
+    python -m tests.workers.standin [--burst]
+
+`STANDIN_DIR` is where it notes each load and where a prompt's `gate:<name>` waits for the file `<name>` to appear.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.errors import UnusableReferenceError, WeightsError
+from model.spec import ModelSpec, flux_spec
+from workers.inference import run_worker
+from workers.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from model.pipeline import ImageRequest
+
+LOADS = "loads"
+FAULTS: dict[str, Callable[[], Exception]] = {
+    "oom": lambda: RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "memory": MemoryError,
+    "face": lambda: UnusableReferenceError("no_face", "Send a picture with a face.", slot=1),
+    "boom": lambda: KeyError("canary-in-an-exception"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Mirrors model.sampling.Denoising as far as a worker looks at it."""
+
+    request: Any
+    seed: int
+    num_steps: int
+    step: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.num_steps
+
+
+class StandinPipeline:
+    """Pixels follow from prompt, seed, steps and references alone. `on_step` is called before each step."""
+
+    def __init__(self, on_step: Callable[[Run], None] | None = None) -> None:
+        self.on_step = on_step
+        self.requests: list[Any] = []
+        self.warmed = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        return flux_spec("standin", 16, version="v1.1", turbo=True)
+
+    def describe(self) -> dict[str, str | int]:
+        return {"device": "none", "dtype": "uint8"}
+
+    def warm(self) -> None:
+        self.warmed = True
+
+    def preprocess(self, request: ImageRequest) -> Any:
+        self.requests.append(request)
+        for word in request.prompt.split():
+            if word in FAULTS:
+                raise FAULTS[word]()
+        return request.references
+
+    def encode(self, request: ImageRequest, prepared: Any) -> Any:
+        assert prepared is request.references
+        return request
+
+    def start(self, encoded: Any, seed: int) -> Any:
+        return Run(encoded, seed, encoded.num_inference_steps)
+
+    def step(self, runs: Sequence[Any]) -> Sequence[Any]:
+        for run in runs:
+            if self.on_step is not None:
+                self.on_step(run)
+        return tuple(replace(run, step=run.step + 1) for run in runs)
+
+    def decode(self, run: Any) -> NDArray[np.uint8]:
+        assert run.done
+        return picture(run.request.prompt, run.seed, run.step, run.request.height, run.request.width)
+
+
+def picture(prompt: str, seed: int, steps: int, height: int, width: int) -> NDArray[np.uint8]:
+    """What the pipeline draws: uint8 [height, width, 3]."""
+    words = [*prompt.encode(), seed % 2**32, seed >> 32, steps]
+    return np.random.default_rng(words).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def gate_in(directory: Path) -> Callable[[Run], None]:
+    """Hold a run before its second step until its gate's file is there."""
+
+    def wait(run: Run) -> None:
+        for word in run.request.prompt.split():
+            while word.startswith("gate:") and run.step == 1 and not (directory / word[5:]).exists():
+                time.sleep(0.005)
+
+    return wait
+
+
+def load(settings: WorkerSettings) -> StandinPipeline:
+    """Note the load; the base model `absent` cannot be loaded."""
+    if settings.base_model == "absent":
+        raise WeightsError("model_not_found", "there is no such model: set DREAMSERVE_BASE_MODEL")
+    directory = Path(os.environ["STANDIN_DIR"])
+    with (directory / LOADS).open("a") as loads:
+        loads.write(f"{os.getpid()}\n")
+    return StandinPipeline(gate_in(directory))
+
+
+if __name__ == "__main__":
+    sys.exit(run_worker(WorkerSettings(), load, burst="--burst" in sys.argv))

@@ -1,0 +1,139 @@
+"""The artifact store: whole files or none, and no byte served that was not stored."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.artifacts import ArtifactError, ArtifactStore
+
+NAME = "job_1.3.0.png"
+
+
+def code_of(error: pytest.ExceptionInfo[ArtifactError]) -> str:
+    return error.value.code
+
+
+def files(store: ArtifactStore) -> list[Path]:
+    return [path for path in store.root.rglob("*") if path.is_file()]
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.binary(max_size=300))
+def test_what_was_put_is_read(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    """Content addressing: the key is the sha256, and putting the same bytes twice leaves one file."""
+    store = ArtifactStore(tmp_path_factory.mktemp("store"))
+    key = store.put(data)
+    assert key == hashlib.sha256(data).hexdigest()
+    assert store.put(data) == key
+    assert store.read(key) == data
+    assert len(files(store)) == 1
+
+
+def test_flipped_bit_is_detected_and_mended(store: ArtifactStore) -> None:
+    """A reference or picture whose bytes changed on disk is never served; putting it again repairs it."""
+    key = store.put(b"reference")
+    digest = store.publish(NAME, b"picture")
+    for path in files(store):
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    with pytest.raises(ArtifactError) as reference:
+        store.read(key)
+    with pytest.raises(ArtifactError) as picture:
+        store.read_picture(NAME, digest)
+    assert code_of(reference) == code_of(picture) == "artifact_corrupt"
+    store.put(b"reference")
+    assert store.read(key) == b"reference"
+
+
+def test_missing(store: ArtifactStore) -> None:
+    """What was never stored is said to be missing, and reading makes no directories."""
+    with pytest.raises(ArtifactError) as error:
+        store.read("0" * 64)
+    assert code_of(error) == "artifact_missing"
+    with pytest.raises(ArtifactError) as error:
+        store.read_picture(NAME, "0" * 64)
+    assert code_of(error) == "artifact_missing"
+    assert not store.root.exists()
+
+
+@pytest.mark.parametrize("key", ["", "../../etc/passwd", "0" * 63, "0" * 65, "G" * 64, "A" * 64, "0" * 64 + "\n"])
+def test_keys_are_no_paths(store: ArtifactStore, key: str) -> None:
+    """Only a sha256 in lower-case hex reaches the file system."""
+    with pytest.raises(ArtifactError) as error:
+        store.read(key)
+    assert code_of(error) == "artifact_missing"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "..", "../x.1.0.png", "job_1.png", "job_1.1.0.gif", "job/1.1.0.png", ".1.0.png", "job_1.1.0.png\n"],
+)
+def test_names_are_no_paths(store: ArtifactStore, name: str) -> None:
+    """Only `<job id>.<token>.<n>.<extension>` names a picture."""
+    with pytest.raises(ArtifactError):
+        store.path(name)
+    with pytest.raises(ArtifactError):
+        store.publish(name, b"x")
+
+
+def test_published_picture(store: ArtifactStore) -> None:
+    """The digest that goes into the ledger is that of the bytes on disk; discarding is idempotent."""
+    digest = store.publish(NAME, b"picture")
+    assert digest == hashlib.sha256(store.path(NAME).read_bytes()).hexdigest()
+    assert store.read_picture(NAME, digest) == b"picture"
+    for _ in range(2):
+        store.discard(NAME)
+    assert files(store) == []
+
+
+def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
+    """Every way of writing says `storage_unavailable`, and no path appears in the message."""
+    blocked = tmp_path / "secret-file"
+    blocked.write_bytes(b"")
+    store = ArtifactStore(blocked / "artifacts")
+    for write in (lambda: store.put(b"x"), lambda: store.publish(NAME, b"x"), store.check_writable):
+        with pytest.raises(ArtifactError) as error:
+            write()
+        assert code_of(error) == "storage_unavailable"
+        assert "secret-file" not in error.value.message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_leaves_nothing_behind(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC in the middle of a write: an error, no file under the name, no unfinished file."""
+    store.put(b"first")
+    before = files(store)
+    real = os.fdopen
+
+    def full(handle: int, mode: str) -> object:
+        os.close(handle)
+        return real(os.open("/dev/full", os.O_WRONLY), mode)
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(ArtifactError) as error:
+        store.publish(NAME, b"picture")
+    assert code_of(error) == "storage_unavailable"
+    assert files(store) == before
+
+
+def test_sweep(store: ArtifactStore) -> None:
+    """Age decides: old files and old unfinished ones go; what was asked for lately stays."""
+    old, young, asked = store.put(b"old"), store.put(b"young"), store.put(b"asked for")
+    store.publish(NAME, b"picture")
+    unfinished = store.path(NAME).with_suffix(".part")
+    unfinished.write_bytes(b"")
+    past = time.time() - 5000
+    for path in files(store):
+        if path.name != young:
+            os.utime(path, (past, past))
+    store.put(b"asked for")
+    assert store.sweep(10_000) == 1, "only the unfinished one is too old for its kind"
+    assert store.sweep(4000) == 2
+    assert {path.name for path in files(store)} == {young, asked}
+    assert old not in {path.name for path in files(store)}

@@ -1,0 +1,401 @@
+"""The ledger against real Redis: who may change what, and that nothing else ever happens."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from tests.workers.conftest import MakeJob
+from workers.jobs import ImageArtifact, JobError, JobRecord, JobResult, JobStatus, Progress
+from workers.ledger import ROOT, DamagedRecordError, Ledger
+
+RESULT = JobResult((ImageArtifact("job_1.1.0.png", "0" * 64, "image/png", 16, 32, 9, 7),), {"denoise_s": 0.5})
+ERROR = JobError("no_face", "Send a picture with a face.")
+STEP = Progress("denoise", 1, 2)
+
+
+@pytest.fixture
+def ledger(client: redis.Redis) -> Ledger:
+    return Ledger(client)
+
+
+def running(ledger: Ledger, make_job: MakeJob, job_id: str = "job_1") -> int:
+    """Accept and claim; returns the token."""
+    ledger.accept(make_job(job_id))
+    token = ledger.claim(job_id, "w")
+    assert token is not None
+    return token
+
+
+def lapse(ledger: Ledger, job_id: str, token: int) -> None:
+    """Let the claim's lease end now, by a beat that renews it for no time at all."""
+    assert Ledger(ledger.redis, lease_s=0.0).beat(job_id, token) in ("ok", "canceled")
+
+
+def record(ledger: Ledger, job_id: str = "job_1") -> JobRecord:
+    found = ledger.get(job_id)
+    assert found is not None
+    return found
+
+
+def test_record_comes_back_as_it_went_in(ledger: Ledger, make_job: MakeJob) -> None:
+    """Everything of a job survives Redis: text of any script, metadata, 64-bit seeds."""
+    job = make_job("job_1", seed=2**64 - 1, prompt='кот "猫" 🐈\n\\', metadata={"order": "42"})
+    assert ledger.accept(job)
+    before = time.time()
+    found = record(ledger)
+    assert (found.job, found.status, found.attempt) == (job, JobStatus.QUEUED, 1)
+    assert abs(found.created_at - before) < 60
+    assert found.started_at is None and found.result is None
+
+
+def test_accept_twice_changes_nothing(ledger: Ledger, make_job: MakeJob) -> None:
+    """An id is accepted once; a second content under it does not replace the first, nor revive an ended job."""
+    assert ledger.accept(make_job("job_1"))
+    assert not ledger.accept(make_job("job_1"))
+    assert not ledger.accept(make_job("job_1", prompt="another"))
+    assert record(ledger).job.prompt == "a toy"
+    ledger.cancel("job_1")
+    assert not ledger.accept(make_job("job_1"))
+    assert record(ledger).status is JobStatus.CANCELED
+
+
+def test_lost_replies_of_accept_and_claim(client: redis.Redis, make_job: MakeJob) -> None:
+    """A client that resends after a lost reply gets the answer it missed, not a refusal."""
+    for name, first in (("accept", True), ("claim", 1)):
+        client.flushall()
+        ledger = Ledger(client)
+        script = getattr(ledger, f"_{name}")
+
+        def twice(*, keys: list[str], args: list[str], script: object = script) -> object:
+            script(keys=keys, args=args)  # pyright: ignore[reportCallIssue]  # the reply that got lost
+            return script(keys=keys, args=args)  # pyright: ignore[reportCallIssue]
+
+        setattr(ledger, f"_{name}", twice)
+        accepted = ledger.accept(make_job("job_1"))
+        assert (accepted if name == "accept" else ledger.claim("job_1", "w")) == first
+
+
+def test_walk_to_success(ledger: Ledger, make_job: MakeJob) -> None:
+    """The whole way: progress is seen, the result stays, a repeated commit is still one's own."""
+    token = running(ledger, make_job)
+    assert ledger.position("job_1") is None
+    assert ledger.beat("job_1", token, STEP) == "ok"
+    assert record(ledger).progress == STEP
+    assert ledger.beat("job_1", token) == "ok"
+    assert record(ledger).progress == STEP, "a bare renewal leaves the progress"
+    assert ledger.commit("job_1", token, RESULT)
+    assert ledger.commit("job_1", token, RESULT), "the reply may have been lost"
+    ended = record(ledger)
+    assert (ended.status, ended.result) == (JobStatus.SUCCEEDED, RESULT)
+    assert ended.started_at is not None and ended.finished_at is not None
+    assert ended.created_at <= ended.started_at <= ended.finished_at
+    assert not ledger.fail("job_1", token, ERROR)
+    assert ledger.beat("job_1", token) == "lost"
+
+
+def test_only_queued_jobs_are_claimed(ledger: Ledger, make_job: MakeJob) -> None:
+    """A second delivery, an unknown id and an ended job all get a no."""
+    token = running(ledger, make_job)
+    assert ledger.claim("job_1", "other") is None
+    assert ledger.claim("job_unknown", "w") is None
+    ledger.fail("job_1", token, ERROR)
+    assert ledger.claim("job_1", "w") is None
+    assert record(ledger).error == ERROR
+
+
+def test_a_lost_worker_changes_nothing(ledger: Ledger, make_job: MakeJob) -> None:
+    """The fence: after its lease lapsed, the old token is refused by every call, before and after the next claim."""
+    old = running(ledger, make_job)
+    lapse(ledger, "job_1", old)
+    assert ledger.reap() == ["job_1"]
+    assert record(ledger).status is JobStatus.QUEUED
+    new = None
+    for claimed_again in (False, True):
+        if claimed_again:
+            new = ledger.claim("job_1", "w2")
+        assert not ledger.commit("job_1", old, RESULT)
+        assert not ledger.fail("job_1", old, ERROR)
+        assert not ledger.release_canceled("job_1", old)
+        assert ledger.beat("job_1", old, STEP) == "lost"
+    assert new is not None and new > old
+    assert ledger.commit("job_1", new, RESULT)
+    assert record(ledger).attempt == 2
+
+
+def test_reaping(ledger: Ledger, make_job: MakeJob) -> None:
+    """A live lease is left alone; three lost workers are the end; a wish to cancel is honoured instead."""
+    running(ledger, make_job)
+    assert ledger.reap() == []
+    for attempt in (1, 2, 3):
+        assert record(ledger).attempt == attempt
+        token = 1 if attempt == 1 else ledger.claim("job_1", "w")
+        assert token is not None
+        lapse(ledger, "job_1", token)
+        assert ledger.reap() == (["job_1"] if attempt < 3 else [])
+    ended = record(ledger)
+    assert ended.status is JobStatus.FAILED
+    assert ended.error is not None and (ended.error.code, ended.error.retryable) == ("worker_lost", True)
+    assert not ledger.fail("job_1", token, ERROR), "the last of them has no say any more either"
+
+    token = running(ledger, make_job, "job_2")
+    ledger.cancel("job_2")
+    lapse(ledger, "job_2", token)
+    assert ledger.reap() == []
+    assert record(ledger, "job_2").status is JobStatus.CANCELED
+
+
+def test_lease_is_measured_by_redis(client: redis.Redis, make_job: MakeJob) -> None:
+    """The lease is real seconds on Redis' clock: what it says is due is due, whatever this machine's clock says."""
+    ledger = Ledger(client, lease_s=30.0)
+    running(ledger, make_job)
+    seconds, micros = client.time()  # pyright: ignore[reportGeneralTypeIssues]  # sync client
+    due = client.zscore(f"{ROOT}leases", "job_1")
+    assert due == pytest.approx(seconds + micros / 1e6 + 30.0, abs=2.0)
+
+
+def test_cancel(ledger: Ledger, make_job: MakeJob) -> None:
+    """Queued ends at once; running hears it at the next beat; ended and unknown stay what they are."""
+    assert ledger.cancel("job_1") is None
+    ledger.accept(make_job("job_1"))
+    canceled = ledger.cancel("job_1")
+    assert canceled is not None and canceled.status is JobStatus.CANCELED
+    assert ledger.claim("job_1", "w") is None
+
+    token = running(ledger, make_job, "job_2")
+    assert not ledger.release_canceled("job_2", token), "nobody has asked yet"
+    asked = ledger.cancel("job_2")
+    assert asked is not None and (asked.status, asked.cancel_requested) == (JobStatus.RUNNING, True)
+    assert ledger.beat("job_2", token, STEP) == "canceled"
+    assert ledger.release_canceled("job_2", token)
+    ended = ledger.cancel("job_2")
+    assert ended is not None and ended.status is JobStatus.CANCELED
+    assert ended == record(ledger, "job_2")
+
+
+def test_position_is_the_order_of_acceptance(ledger: Ledger, make_job: MakeJob) -> None:
+    """One moves up as those ahead are taken; a job whose worker was lost gets its old place back."""
+    for number in range(4):
+        ledger.accept(make_job(f"job_{number}"))
+    assert [ledger.position(f"job_{number}") for number in range(4)] == [0, 1, 2, 3]
+    token = ledger.claim("job_0", "w")
+    ledger.cancel("job_2")
+    assert [ledger.position(f"job_{number}") for number in range(4)] == [None, 0, None, 1]
+    assert token is not None
+    lapse(ledger, "job_0", token)
+    ledger.reap()
+    assert [ledger.position(f"job_{number}") for number in range(4)] == [0, 1, None, 2]
+
+
+def test_list_pages_newest_first(ledger: Ledger, make_job: MakeJob) -> None:
+    """Pages together are the whole list, once each, even as new jobs arrive; a status filters."""
+    for number in range(7):
+        ledger.accept(make_job(f"job_{number}"))
+    for number in (1, 4):
+        ledger.cancel(f"job_{number}")
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page, cursor = ledger.list(cursor, 3)
+        seen += [found.job.id for found in page]
+        ledger.accept(make_job(f"job_late_{len(seen)}"))
+        if cursor is None:
+            break
+    assert seen == [f"job_{number}" for number in reversed(range(7))]
+    canceled, _ = ledger.list(None, 10, JobStatus.CANCELED)
+    assert [found.job.id for found in canceled] == ["job_4", "job_1"]
+    assert ledger.list(None, 10, JobStatus.SUCCEEDED) == ([], None)
+    for wrong in ("-1", "x", "", "1e3", "²"):
+        with pytest.raises(ValueError, match="cursor"):
+            ledger.list(wrong, 3)
+
+
+def test_damaged_records_are_named_not_quoted(ledger: Ledger, client: redis.Redis, make_job: MakeJob) -> None:
+    """A forged record never becomes a job, its content never an error message, and lists do without it."""
+    ledger.accept(make_job("job_1"))
+    ledger.accept(make_job("job_2"))
+    client.hset(f"{ROOT}job:job_1", "job", '{"id": "secret prompt"}')
+    with pytest.raises(DamagedRecordError) as caught:
+        ledger.get("job_1")
+    assert "secret" not in repr(caught.value) and caught.value.__cause__ is None
+    client.hset(f"{ROOT}job:job_1", "job", b"\xff\xfe")
+    with pytest.raises(DamagedRecordError):
+        ledger.get("job_1")
+    assert [found.job.id for found in ledger.list(None, 10)[0]] == ["job_2"]
+
+
+def test_ended_records_are_forgotten(client: redis.Redis, make_job: MakeJob) -> None:
+    """After its time an ended job leaves no key and no index entry; a queued one stays for ever."""
+    ledger = Ledger(client, job_ttl_s=1)
+    for job_id in ("job_old", "job_queued"):
+        ledger.accept(make_job(job_id))
+    ledger.cancel("job_old")
+    assert client.ttl(f"{ROOT}job:job_queued") == -1
+    deadline = time.monotonic() + 10
+    while ledger.get("job_old") is not None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert ledger.get("job_old") is None, "the record goes by itself, without anyone's reaping"
+    assert ledger.list(None, 10)[0] == [ledger.get("job_queued")]
+    ledger.reap()
+    assert client.keys(f"{ROOT}*old*") == []
+    for index in ("jobs", "status:canceled", "expiring", "leases"):
+        assert client.zscore(f"{ROOT}{index}", "job_old") is None
+    assert ledger.get("job_queued") is not None
+
+
+def test_waiting_finds_only_the_patient(ledger: Ledger, make_job: MakeJob) -> None:
+    """The search for lost deliveries looks at jobs that have been queued for a while, and at no others."""
+    for number in range(3):
+        ledger.accept(make_job(f"job_{number}"))
+    ledger.cancel("job_1")
+    assert ledger.waiting(3600.0) == []
+    assert ledger.waiting(0.0) == ["job_0", "job_2"]
+
+
+@dataclass
+class Expected:
+    """What the model machine knows of one job."""
+
+    status: JobStatus = JobStatus.QUEUED
+    attempt: int = 1
+    token: int | None = None
+    canceling: bool = False
+    ends: list[str] = field(default_factory=list[str])
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Any sequence of calls by gateways, workers and zombies, checked against fifty lines of Python."""
+
+    client: redis.Redis
+    make_job: MakeJob
+    jobs: Bundle[str] = Bundle("jobs")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.client.flushall()
+        self.ledger = Ledger(self.client)
+        self.model: dict[str, Expected] = {}
+        self.tokens: list[int] = [0]
+
+    def _token(self, choice: int) -> int:
+        """Any token ever given out, and one that never was."""
+        return self.tokens[choice % len(self.tokens)]
+
+    def _ends(self, job_id: str, status: JobStatus, token: int) -> bool:
+        """Whether a worker's end is taken; keeps the books if so."""
+        job = self.model[job_id]
+        if job.token != token:
+            return False
+        if job.status is status:
+            return True
+        if job.status is not JobStatus.RUNNING or (status is JobStatus.CANCELED and not job.canceling):
+            return False
+        job.status = status
+        job.ends.append(status)
+        return True
+
+    @rule(target=jobs, number=st.integers(0, 3))
+    def accept(self, number: int) -> str:
+        job_id = f"job_{number}"
+        assert self.ledger.accept(self.make_job(job_id)) == (job_id not in self.model)
+        self.model.setdefault(job_id, Expected())
+        return job_id
+
+    @rule(job_id=jobs)
+    def claim(self, job_id: str) -> None:
+        job = self.model[job_id]
+        token = self.ledger.claim(job_id, "w")
+        assert (token is not None) == (job.status is JobStatus.QUEUED)
+        if token is not None:
+            assert token > max(self.tokens), "tokens grow"
+            self.tokens.append(token)
+            job.status, job.token = JobStatus.RUNNING, token
+
+    @rule(job_id=jobs, choice=st.integers(0, 50))
+    def beat(self, job_id: str, choice: int) -> None:
+        job, token = self.model[job_id], self._token(choice)
+        holds = job.status is JobStatus.RUNNING and job.token == token
+        expected = "lost" if not holds else "canceled" if job.canceling else "ok"
+        assert self.ledger.beat(job_id, token, STEP) == expected
+
+    @rule(job_id=jobs, choice=st.integers(0, 50))
+    def commit(self, job_id: str, choice: int) -> None:
+        token = self._token(choice)
+        assert self.ledger.commit(job_id, token, RESULT) == self._ends(job_id, JobStatus.SUCCEEDED, token)
+
+    @rule(job_id=jobs, choice=st.integers(0, 50))
+    def fail(self, job_id: str, choice: int) -> None:
+        token = self._token(choice)
+        assert self.ledger.fail(job_id, token, ERROR) == self._ends(job_id, JobStatus.FAILED, token)
+
+    @rule(job_id=jobs, choice=st.integers(0, 50))
+    def release(self, job_id: str, choice: int) -> None:
+        token = self._token(choice)
+        taken = self._ends(job_id, JobStatus.CANCELED, token)
+        assert self.ledger.release_canceled(job_id, token) == taken
+
+    @rule(job_id=jobs)
+    def cancel(self, job_id: str) -> None:
+        job = self.model[job_id]
+        if job.status is JobStatus.QUEUED:
+            job.status = JobStatus.CANCELED
+            job.canceling = True
+            job.ends.append(job.status)
+        elif job.status is JobStatus.RUNNING:
+            job.canceling = True
+        answer = self.ledger.cancel(job_id)
+        assert answer is not None and answer.status is job.status
+
+    @rule(job_id=jobs)
+    def lose_worker(self, job_id: str) -> None:
+        job = self.model[job_id]
+        if job.status is not JobStatus.RUNNING or job.token is None:
+            return
+        lapse(self.ledger, job_id, job.token)
+        job.token = None
+        if job.canceling:
+            job.status = JobStatus.CANCELED
+        elif job.attempt == 3:
+            job.status = JobStatus.FAILED
+        else:
+            job.status = JobStatus.QUEUED
+            job.attempt += 1
+        if job.status.terminal:
+            job.ends.append(job.status)
+        assert self.ledger.reap() == ([job_id] if job.status is JobStatus.QUEUED else [])
+
+    @invariant()
+    def tells_the_same_story(self) -> None:
+        """Records, line, leases and filters agree with the model; no job has ended twice."""
+        for job_id, job in self.model.items():
+            found = record(self.ledger, job_id)
+            assert (found.status, found.attempt) == (job.status, job.attempt)
+            assert (found.finished_at is not None) == job.status.terminal
+            assert (found.result is not None) == (job.status is JobStatus.SUCCEEDED)
+            assert len(job.ends) == int(job.status.terminal)
+        for status in JobStatus:
+            listed = {found.job.id for found in self.ledger.list(None, 10, status)[0]}
+            assert listed == {job_id for job_id, job in self.model.items() if job.status is status}
+        leases = self.client.zrange(f"{ROOT}leases", 0, -1)
+        held = {member.decode() for member in leases}  # pyright: ignore[reportGeneralTypeIssues]  # sync client
+        assert held == {job_id for job_id, job in self.model.items() if job.status is JobStatus.RUNNING}
+
+
+def test_any_sequence_of_calls(client: redis.Redis, make_job: MakeJob) -> None:
+    """Terminal states never change, at most one end per job, stale tokens are refused, tokens grow."""
+    machine = type("Machine", (LedgerMachine,), {"client": client, "make_job": staticmethod(make_job)})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

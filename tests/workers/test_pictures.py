@@ -1,0 +1,318 @@
+"""Pictures from strangers: golden conversions, bounds by header, and one error type for all damage."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+from workers.picture_headers import PictureInfo, read_header
+from workers.pictures import PictureError, PictureLimits, decode, decode_mask, encode, inspect
+
+LIMITS = PictureLimits()
+RNG = np.random.default_rng(3)
+COLORS = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+SMOOTH = np.stack(np.meshgrid(np.linspace(0, 255, 30), np.linspace(255, 0, 20)) * 2, -1)[..., :3].astype(np.uint8)
+
+
+def save(image: Image.Image, format_: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format_, **options)
+    return buffer.getvalue()
+
+
+def png(pixels: NDArray[Any], **options: Any) -> bytes:
+    return save(Image.fromarray(pixels), "PNG", **options)
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png_header(width: int, height: int, *extra: bytes) -> bytes:
+    """A PNG that promises a size and holds almost nothing."""
+    ihdr = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + b"".join(extra) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+
+
+def webp_header(width: int, height: int, kind: str) -> bytes:
+    if kind == "VP8X":
+        body = struct.pack("<I", 0) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    elif kind == "VP8L":
+        body = b"\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14) + b"\0" * 8
+    else:
+        body = b"\x10\x02\x00\x9d\x01\x2a" + struct.pack("<HH", width, height) + b"\0" * 8
+    data = kind.ljust(4).encode() + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", 4 + len(data)) + b"WEBP" + data
+
+
+def code_of(read: Callable[[], object]) -> str:
+    with pytest.raises(PictureError) as error:
+        read()
+    return error.value.code
+
+
+@pytest.mark.parametrize("format_", ["png", "jpeg", "webp"])
+def test_encode_and_decode(format_: Any) -> None:
+    """PNG gives back the very pixels; the lossy formats nearly; nothing but the picture is in the file."""
+    data = encode(COLORS if format_ == "png" else SMOOTH, format_)
+    back = decode(data, LIMITS)
+    info = inspect(data, LIMITS)
+    assert (info.format, info.width, info.height, info.has_alpha) == (format_, 30, 20, False)
+    if format_ == "png":
+        np.testing.assert_array_equal(back, COLORS)
+    else:
+        assert np.abs(back.astype(int) - SMOOTH).mean() < 2
+    with Image.open(io.BytesIO(data)) as image:
+        assert not image.getexif() and "icc_profile" not in image.info
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    """All eight orientations come out upright, against numpy's own turns and flips."""
+    upright = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
+        8: lambda a: np.rot90(a, 1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for image in (Image.fromarray(COLORS), Image.fromarray(COLORS).quantize(16).convert("RGBA")):
+        expected = upright(np.asarray(image))
+        np.testing.assert_array_equal(decode(save(image, "PNG", exif=exif), LIMITS)[..., :3], expected[..., :3])
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_does_not_matter() -> None:
+    """Cameras write odd EXIF: the picture is still good."""
+    data = png(COLORS, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40)
+    np.testing.assert_array_equal(decode(data, LIMITS), COLORS)
+
+
+def test_cmyk_jpeg() -> None:
+    """Ink becomes light: pure cyan ink is cyan, no ink is white, also in Adobe's inverted files."""
+    inks = np.zeros((16, 32, 4), np.uint8)
+    inks[:, 16:, 0] = 255
+    back = decode(save(Image.fromarray(inks, "CMYK"), "JPEG", quality=100), LIMITS)
+    assert back.shape == (16, 32, 3)
+    np.testing.assert_allclose(back[8, 4], [255, 255, 255], atol=3)
+    np.testing.assert_allclose(back[8, 28], [0, 255, 255], atol=3)
+
+
+def test_sixteen_bits() -> None:
+    """Grey of sixteen bits keeps its high byte; it is not clipped to white."""
+    values = np.linspace(0, 65535, 600, dtype=np.uint16).reshape(20, 30)
+    back = decode(png(values), LIMITS)
+    np.testing.assert_array_equal(back, np.repeat((values >> 8).astype(np.uint8)[..., None], 3, 2))
+
+
+def test_grey_and_black_and_white() -> None:
+    """One channel becomes three equal ones."""
+    grey = COLORS[..., 0]
+    np.testing.assert_array_equal(decode(png(grey), LIMITS), np.repeat(grey[..., None], 3, 2))
+    bits = np.asarray(Image.fromarray(grey).convert("1"))
+    np.testing.assert_array_equal(decode(png(bits), LIMITS)[..., 0], np.where(bits, 255, 0))
+
+
+def test_alpha_of_every_kind() -> None:
+    """Straight alpha, a palette with transparency, a transparent colour, grey with alpha: all become RGBA."""
+    alpha = COLORS[..., 1]
+    straight = np.dstack([COLORS, alpha])
+    np.testing.assert_array_equal(decode(png(straight), LIMITS), straight)
+
+    palette = Image.fromarray(COLORS).quantize(8)
+    back = decode(save(palette, "PNG", transparency=3), LIMITS)
+    indices = np.asarray(palette)
+    np.testing.assert_array_equal(back[..., 3], np.where(indices == 3, 0, 255))
+    np.testing.assert_array_equal(back[..., :3], np.asarray(palette.convert("RGB")))
+
+    keyed = decode(png(COLORS, transparency=tuple(int(value) for value in COLORS[0, 0])), LIMITS)
+    assert keyed[0, 0, 3] == 0 and (keyed[..., 3] == 255).sum() > 500
+
+    grey = decode(png(np.dstack([alpha, COLORS[..., 2]])), LIMITS)
+    np.testing.assert_array_equal(grey, np.dstack([alpha, alpha, alpha, COLORS[..., 2]]))
+
+    wide = np.full((4, 4), 1000, np.uint16)
+    wide[0, 0] = 77
+    assert decode(png(wide, transparency=77), LIMITS)[..., 3].tolist()[0][:2] == [0, 255]
+
+    for data, has in ((png(straight), True), (png(COLORS), False), (save(palette, "PNG", transparency=3), True)):
+        assert inspect(data, LIMITS).has_alpha is has
+    webp = save(Image.fromarray(straight), "WEBP", lossless=True, exact=True)
+    assert inspect(webp, LIMITS).has_alpha
+    np.testing.assert_array_equal(decode(webp, LIMITS), straight)
+
+
+def test_profile_is_converted_to_srgb() -> None:
+    """Pixels with another profile change as lcms says; an sRGB or a broken profile leaves them as they are."""
+    lab = ImageCms.createProfile("LAB")
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.abs(decode(png(COLORS, icc_profile=srgb), LIMITS).astype(int) - COLORS).max() <= 1
+    for broken in (b"no profile", srgb[:200], ImageCms.ImageCmsProfile(lab).tobytes()):
+        np.testing.assert_array_equal(decode(png(COLORS, icc_profile=broken), LIMITS), COLORS)
+    linear = linear_profile(srgb)
+    back = decode(png(np.full((4, 4, 3), 128, np.uint8), icc_profile=linear), LIMITS)
+    # 128/255 of linear light is 0.735 in sRGB (IEC 61966-2-1).
+    np.testing.assert_allclose(back, 188, atol=2)
+    with_alpha = np.dstack([np.full((4, 4, 3), 128, np.uint8), np.full((4, 4), 9, np.uint8)])
+    np.testing.assert_allclose(decode(png(with_alpha, icc_profile=linear), LIMITS)[0, 0], [188, 188, 188, 9], atol=2)
+
+
+def linear_profile(srgb: bytes) -> bytes:
+    """sRGB's primaries with linear tone curves: every `para` or `curv` tag's data becomes a gamma of one."""
+    data = bytearray(srgb)
+    (count,) = struct.unpack_from(">I", data, 128)
+    for index in range(count):
+        name, offset, _size = struct.unpack_from(">4sII", data, 132 + 12 * index)
+        if name in (b"rTRC", b"gTRC", b"bTRC"):
+            struct.pack_into(">4sIHHi", data, offset, b"para", 0, 0, 0, 1 << 16)
+    return bytes(data)
+
+
+def test_masks() -> None:
+    """Alpha if it says anything, else brightness: an opaque alpha channel says nothing."""
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:10] = 255
+    white_on_black = np.repeat(mask[..., None], 3, 2)
+    np.testing.assert_array_equal(decode_mask(png(mask), LIMITS), mask)
+    np.testing.assert_array_equal(decode_mask(png(white_on_black), LIMITS), mask)
+    np.testing.assert_array_equal(decode_mask(png(np.dstack([COLORS, mask])), LIMITS), mask)
+    opaque = np.dstack([white_on_black, np.full((20, 30), 255, np.uint8)])
+    np.testing.assert_array_equal(decode_mask(png(opaque), LIMITS), mask)
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        png_header(20_000, 20_000),
+        png_header(2**31 - 1, 2**31 - 1),
+        png_header(17_000, 1),
+        webp_header(16_383, 16_383, "VP8X"),
+        webp_header(2**24, 2**24, "VP8X"),
+        webp_header(16_384, 16_384, "VP8L"),
+        webp_header(16_383, 16_383, "VP8 "),
+        b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xff\xff\xff\x03" + b"\0" * 20,
+    ],
+)
+def test_bombs_are_refused_by_their_header(bomb: bytes) -> None:
+    """Files of a few bytes that promise gigapixels are refused before any decoder sees them, in no time."""
+    started = time.perf_counter()
+    assert code_of(lambda: inspect(bomb, LIMITS)) == "image_too_large"
+    assert code_of(lambda: decode(bomb, LIMITS)) == "image_too_large"
+    assert time.perf_counter() - started < 0.05
+
+
+def test_limits_are_inclusive() -> None:
+    """Exactly the limit passes, one more does not."""
+    data = png(COLORS)
+    assert inspect(data, PictureLimits(len(data), 600, 30)).width == 30
+    for limits in (PictureLimits(len(data) - 1), PictureLimits(max_pixels=599), PictureLimits(max_side=29)):
+        assert code_of(lambda limits=limits: inspect(data, limits)) == "image_too_large"
+
+
+def test_animations_are_refused() -> None:
+    """APNG and animated WebP are not silently cut to their first frame."""
+    frames = [Image.fromarray(COLORS), Image.fromarray(255 - COLORS)]
+    for format_ in ("PNG", "WEBP"):
+        data = save(frames[0], format_, save_all=True, append_images=frames[1:])
+        assert code_of(lambda data=data: decode(data, LIMITS)) == "image_unsupported"
+
+
+def test_other_formats_are_refused() -> None:
+    """Formats that Pillow could read but nobody promised, and text, are named as unsupported."""
+    image = Image.fromarray(COLORS)
+    for data in (*(save(image, name) for name in ("GIF", "BMP", "TIFF", "PPM")), b"", b"%PDF-1.7", b"<svg/>"):
+        assert code_of(lambda data=data: decode(data, LIMITS)) == "image_unsupported"
+
+
+def test_phone_photos_with_a_second_picture() -> None:
+    """A JPEG with a preview inside (MPO), as phones write it, is its first picture."""
+    image = Image.fromarray(SMOOTH)
+    data = save(image, "MPO", save_all=True, append_images=[image.resize((8, 8))], quality=100)
+    assert np.abs(decode(data, LIMITS).astype(int) - SMOOTH).mean() < 3
+
+
+@pytest.mark.parametrize("format_", ["png", "jpeg", "webp"])
+def test_cut_off_files(format_: Any) -> None:
+    """A file cut off anywhere is undecodable (or not even of its format); no other exception, no half picture."""
+    data = encode(COLORS, format_)
+    last = {"png": 12, "jpeg": 2, "webp": 0}[format_]  # trailers without which decoders can do
+    for end in [*range(40), *range(40, len(data) - last, 17)]:
+        assert code_of(lambda end=end: decode(data[:end], LIMITS)) in ("image_undecodable", "image_unsupported")
+
+
+SEEDS = [
+    png(COLORS),
+    png(np.dstack([COLORS, COLORS[..., 0]])),
+    save(Image.fromarray(COLORS).quantize(8), "PNG", transparency=3),
+    encode(COLORS, "jpeg"),
+    save(Image.fromarray(COLORS), "JPEG", progressive=True, exif=Image.Exif()),
+    encode(COLORS, "webp"),
+    save(Image.fromarray(COLORS), "WEBP", lossless=True),
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_damage_has_one_error_type(data: st.DataObject) -> None:
+    """Bytes changed, cut out or put in: pixels of the promised size come out, or a PictureError, nothing else."""
+    raw = bytearray(data.draw(st.sampled_from(SEEDS)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        match data.draw(st.integers(0, 2)):
+            case 0:
+                raw[at] = data.draw(st.integers(0, 255))
+            case 1:
+                del raw[at : at + data.draw(st.integers(1, 8))]
+            case _:
+                raw[at:at] = data.draw(st.binary(min_size=1, max_size=8))
+    small = PictureLimits(max_pixels=256 * 256)
+    try:
+        pixels = decode(bytes(raw), small)
+    except PictureError:
+        return
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (3, 4)
+    assert pixels.shape[0] * pixels.shape[1] <= 256 * 256
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary(max_size=64), start=st.sampled_from([b"", *(seed[:12] for seed in SEEDS)]))
+def test_header_parser_never_surprises(data: bytes, start: bytes) -> None:
+    """Any bytes: a header, None, or ValueError."""
+    with suppress(ValueError):
+        assert isinstance(read_header(start + data), PictureInfo | None)
+
+
+def test_header_agrees_with_pillow() -> None:
+    """The oracle for sizes and alpha is Pillow itself."""
+    for seed in SEEDS:
+        info = read_header(seed)
+        assert info is not None
+        with Image.open(io.BytesIO(seed)) as image:
+            assert (info.width, info.height) == image.size
+            assert info.has_alpha == image.has_transparency_data
+
+
+def test_no_torch() -> None:
+    """The gateway imports this and its neighbours: torch must not come along."""
+    modules = "jobs, ledger, queues, artifacts, pictures, settings, redis_process"
+    script = f"import sys; from workers import {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,260 @@
+"""One job from claim to commit, in this process: what is written, what stops it, how failures are named."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+import structlog
+from PIL import Image
+
+from model.roles import Role
+from tests.workers.conftest import MakeJob
+from tests.workers.standin import Run, StandinPipeline, picture
+from workers import queues
+from workers.artifacts import ArtifactStore
+from workers.jobs import CustomizeJob, JobRecord, JobStatus, ReferenceInput
+from workers.ledger import ROOT, Ledger
+from workers.pictures import PictureLimits, decode
+from workers.redis_process import start_redis
+from workers.runner import JobRunner
+from workers.settings import WorkerSettings
+
+
+@pytest.fixture
+def runner(client: redis.Redis, store: ArtifactStore) -> JobRunner:
+    settings = WorkerSettings(commit_patience_s=5.0)
+    return JobRunner(StandinPipeline(), Ledger(client), store, settings, "w")
+
+
+def run(runner: JobRunner, job: CustomizeJob) -> JobRecord:
+    """Accept, run, and look."""
+    runner.ledger.accept(job)
+    runner.run(job.id)
+    record = runner.ledger.get(job.id)
+    assert record is not None
+    assert runner.claim is None
+    return record
+
+
+def stored(store: ArtifactStore) -> set[str]:
+    return {path.name for path in store.root.rglob("*") if path.is_file() and path.parent.name == "pictures"}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("format_", ["png", "jpeg", "webp"])
+def test_pictures_are_those_of_the_pipeline(runner: JobRunner, make_job: MakeJob, format_: str) -> None:
+    """Every image of a job: its own seed (wrapping at 2**64), its digest, its size, its bytes in the store."""
+    record = run(runner, make_job("job_1", num_images=3, steps=4, seed=2**64 - 2, output_format=format_))
+    assert record.status is JobStatus.SUCCEEDED and record.result is not None
+    assert [image.seed for image in record.result.images] == [2**64 - 2, 2**64 - 1, 0]
+    for number, image in enumerate(record.result.images):
+        assert image.name == f"job_1.1.{number}.{format_}"
+        data = runner.store.read_picture(image.name, image.sha256)
+        assert (image.size, image.media_type) == (len(data), f"image/{format_}")
+        pixels = decode(data, PictureLimits())
+        assert pixels.shape == (image.height, image.width, 3) == (32, 16, 3)
+        if format_ == "png":
+            np.testing.assert_array_equal(pixels, picture("a toy", image.seed, 4, 32, 16))
+    assert set(record.result.timings) == {"preprocess_s", "encode_s", "denoise_s", "decode_s"}
+    assert all(seconds >= 0 and seconds == round(seconds, 4) for seconds in record.result.timings.values())
+    assert record.progress is not None
+    assert (record.progress.phase, record.progress.step, record.progress.total) == ("decode", 12, 12)
+
+
+def test_progress_is_published_at_each_step(runner: JobRunner, make_job: MakeJob) -> None:
+    """A watcher sees the count of finished steps grow by one, over all images, during the run."""
+    seen: list[tuple[str, int, int]] = []
+
+    def look(_: Run) -> None:
+        record = runner.ledger.get("job_1")
+        assert record is not None and record.progress is not None
+        seen.append((record.progress.phase, record.progress.step, record.progress.total))
+
+    runner.pipeline = StandinPipeline(look)
+    run(runner, make_job("job_1", num_images=2, steps=3))
+    assert [(phase, total) for phase, _, total in seen] == [("denoise", 6)] * 2 * 3
+    assert [step for _, step, _ in seen] == [0, 1, 2, 3, 4, 5]
+
+
+def test_references_reach_the_pipeline_decoded(runner: JobRunner, make_job: MakeJob) -> None:
+    """Slots stay; alpha becomes a mask only if it says something; a given mask goes first; sizes have defaults."""
+    rgb = np.random.default_rng(1).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    alpha = np.arange(48, dtype=np.uint8).reshape(8, 6)
+    mask = 255 - alpha
+    put = runner.store.put
+    clear, solid = put(png(np.dstack([rgb, alpha]))), put(png(np.dstack([rgb, np.full_like(alpha, 255)])))
+    references = (
+        ReferenceInput(1, Role.SUBJECT, put(png(rgb))),
+        ReferenceInput(2, Role.SUBJECT, clear, resolution=768),
+        ReferenceInput(4, Role.GARMENT, solid),
+        ReferenceInput(5, Role.SUBJECT, clear, mask=put(png(mask))),
+        ReferenceInput(9, Role.IDENTITY, solid, resolution=768, on_no_face="subject"),
+    )
+    pipeline = StandinPipeline()
+    runner.pipeline = pipeline
+    record = run(runner, make_job("job_1", references=references, negative_prompt="blurry"))
+    assert record.status is JobStatus.SUCCEEDED, record.error
+    (request,) = pipeline.requests
+    assert (request.height, request.width, request.negative_prompt) == (32, 16, "blurry")
+    got = request.references
+    assert [reference.slot for reference in got] == [1, 2, 4, 5, 9]
+    assert [reference.resolution for reference in got] == [512, 768, 512, 512, 768]
+    assert [reference.on_no_face for reference in got] == ["fail"] * 4 + ["subject"]
+    for reference, expected in zip(got, (None, alpha, None, mask, None), strict=True):
+        np.testing.assert_array_equal(reference.pixels, rgb)
+        if expected is None:
+            assert reference.mask is None
+        else:
+            np.testing.assert_array_equal(reference.mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code", "retryable"),
+    [
+        ("oom", "out_of_memory", True),
+        ("memory", "out_of_memory", True),
+        ("face", "no_face", False),
+        ("boom", "internal", False),
+    ],
+)
+def test_failures_have_codes_and_hold_no_content(
+    runner: JobRunner, make_job: MakeJob, prompt: str, code: str, retryable: bool
+) -> None:
+    """Each failure has its code; of an unforeseen one only the type's name gets out, in record and log alike."""
+    with structlog.testing.capture_logs() as logs:
+        record = run(runner, make_job("job_1", prompt=f"{prompt} canary-prompt"))
+    assert record.status is JobStatus.FAILED and record.error is not None
+    assert (record.error.code, record.error.retryable) == (code, retryable)
+    assert "canary" not in record.error.message + repr(logs)
+    if code == "internal":
+        assert "KeyError" in record.error.message
+    assert run(runner, make_job("job_2")).status is JobStatus.SUCCEEDED, "the runner is fit for the next job"
+
+
+def test_storage_failures(runner: JobRunner, make_job: MakeJob, tmp_path: Path) -> None:
+    """Missing, corrupt and undecodable references, and a store that cannot be written, each have their code."""
+    put = runner.store.put
+    corrupt = put(b"will be corrupt")
+    next(runner.store.root.rglob(corrupt)).write_bytes(b"other")
+    for number, (key, code) in enumerate(
+        [("0" * 64, "artifact_missing"), (corrupt, "artifact_corrupt"), (put(b"text"), "image_unsupported")]
+    ):
+        reference = ReferenceInput(1, Role.STYLE, key)
+        record = run(runner, make_job(f"job_{number}", references=(reference,)))
+        assert record.error is not None and (record.error.code, record.error.retryable) == (code, False)
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    runner.store = ArtifactStore(blocked / "artifacts")
+    record = run(runner, make_job("job_9"))
+    assert record.error is not None
+    assert (record.error.code, record.error.retryable) == ("storage_unavailable", True)
+
+
+def test_damaged_record_fails_alone(runner: JobRunner, client: redis.Redis, make_job: MakeJob) -> None:
+    """A record that was tampered with ends its job and nothing else."""
+    runner.ledger.accept(make_job("job_1"))
+    client.hset(f"{ROOT}job:job_1", "job", "{}")
+    runner.run("job_1")
+    assert client.hget(f"{ROOT}job:job_1", "status") == b"failed"
+    assert run(runner, make_job("job_2")).status is JobStatus.SUCCEEDED
+
+
+def at_step(step: int, act: Callable[[], object]) -> StandinPipeline:
+    """A pipeline that acts once, before the given step of an image."""
+    acted: list[bool] = []
+
+    def on_step(run: Run) -> None:
+        if run.step == step and not acted:
+            acted.append(True)
+            act()
+
+    return StandinPipeline(on_step)
+
+
+def test_cancel_stops_at_the_next_step(runner: JobRunner, make_job: MakeJob) -> None:
+    """The step in which the wish arrives is the last; pictures made before it are removed."""
+    steps: list[int] = []
+    runner.pipeline = StandinPipeline(
+        lambda run: (steps.append(run.step), len(steps) == 5 and runner.ledger.cancel("job_1"))[0]
+    )
+    record = run(runner, make_job("job_1", num_images=3, steps=3))
+    assert record.status is JobStatus.CANCELED
+    assert steps == [0, 1, 2, 0, 1], "the first picture, and two steps of the second"
+    assert stored(runner.store) == set()
+
+
+def test_a_lost_job_is_left_alone(runner: JobRunner, client: redis.Redis, make_job: MakeJob) -> None:
+    """Once another worker has the job, this one stops, writes nothing and takes its own pictures away."""
+
+    def lose() -> None:
+        Ledger(client, lease_s=0.0).beat("job_1", 1)
+        assert runner.ledger.reap() == ["job_1"]
+        assert runner.ledger.claim("job_1", "other") == 2
+
+    runner.pipeline = at_step(1, lose)
+    runner.ledger.accept(make_job("job_1", num_images=2))
+    runner.store.publish("job_1.2.0.png", b"the other worker's")
+    runner.run("job_1")
+    record = runner.ledger.get("job_1")
+    assert record is not None and (record.status, record.attempt) == (JobStatus.RUNNING, 2)
+    assert stored(runner.store) == {"job_1.2.0.png"}
+
+
+def test_refused_claim_is_a_no_op(runner: JobRunner, make_job: MakeJob) -> None:
+    """A delivery that comes twice, late or for nothing runs nothing."""
+    pipeline = StandinPipeline()
+    runner.pipeline = pipeline
+    runner.run("job_unknown")
+    first = run(runner, make_job("job_1"))
+    runner.run("job_1")
+    assert runner.ledger.get("job_1") == first
+    assert len(pipeline.requests) == 1
+
+
+def test_redis_away_in_the_middle_loses_no_picture(tmp_path: Path, make_job: MakeJob) -> None:
+    """Redis dies after the first step and is back a while after the last: the commit has waited, once is enough."""
+    process = start_redis(tmp_path / "state")
+    client = queues.connect(process.url)
+    back: list[threading.Thread] = []
+
+    def outage() -> None:
+        process.stop()
+        back.append(threading.Timer(0.5, lambda: restarted.append(start_redis(tmp_path / "state"))))
+        back[0].start()
+
+    restarted = [process]
+    settings = WorkerSettings(commit_patience_s=20.0)
+    store = ArtifactStore(tmp_path / "artifacts")
+    runner = JobRunner(at_step(1, outage), Ledger(client, lease_s=60.0), store, settings, "w")
+    try:
+        record = run(runner, make_job("job_1", steps=2))
+        assert (record.status, record.attempt) == (JobStatus.SUCCEEDED, 1)
+        assert record.result is not None
+        assert stored(store) == {record.result.images[0].name}
+    finally:
+        back[0].join()
+        restarted[-1].stop()
+
+
+def test_redis_away_for_too_long(tmp_path: Path, make_job: MakeJob) -> None:
+    """Patience ends: the error gets out, for the worker to begin anew when Redis is back."""
+    process = start_redis(tmp_path / "state")
+    client = queues.connect(process.url)
+    store = ArtifactStore(tmp_path / "artifacts")
+    settings = WorkerSettings(commit_patience_s=0.0)
+    runner = JobRunner(at_step(1, process.stop), Ledger(client), store, settings, "w")
+    runner.ledger.accept(make_job("job_1"))
+    with pytest.raises(redis.RedisError):
+        runner.run("job_1")
+    assert runner.claim is None

@@ -1,0 +1,183 @@
+"""RQ, as far as this service trusts it: it carries deliveries, nothing else. No torch, no pickle.
+
+A delivery says "job <id> waits" and may come late, twice or never: `Ledger.claim` decides who runs, and the
+workers' caretakers ring again for what got lost. From a job hash in Redis only the call is read, and only one
+on the literal list; callbacks, webhooks, dependencies, retries and meta stay unread.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import redis
+import structlog
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+from rq import Queue
+from rq.exceptions import DuplicateJobError, NoSuchJobError
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.utils import import_attribute
+
+QUEUE: Final = "customize"
+CUSTOMIZE: Final = "workers.inference.customize"
+FUNCTIONS: Final = frozenset({CUSTOMIZE})
+"""Everything that a delivery can make a worker call."""
+
+CARDS: Final = "dreamserve:workers"
+
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MAX_CALL_BYTES = 4096
+_LOG = structlog.stdlib.get_logger("workers.queues")
+
+
+def connect(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
+    """A client that gives up within seconds and answers bytes, as RQ needs it.
+
+    Raises:
+        ValueError: the URL's scheme is none of redis://, rediss://, unix://.
+    """
+    return redis.Redis.from_url(
+        url,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=min(timeout_s, 2.0),
+        retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 3),
+    )
+
+
+class DreamJob(Job):
+    """A delivery, read from Redis as if a stranger had written it."""
+
+    def restore(self, raw_data: dict[bytes, bytes]) -> None:
+        """Take over the call and the queue's name.
+
+        Raises:
+            NoSuchJobError: the hash is not a call on the list; RQ passes over such entries.
+        """
+        try:
+            arguments = _call_of(raw_data[b"data"])
+        except (KeyError, ValueError, TypeError, RecursionError, zlib.error):
+            _LOG.warning("delivery refused", job_id=self.id)
+            raise NoSuchJobError("the hash is not a delivery") from None
+        self._func_name = CUSTOMIZE
+        self._instance = None
+        self._args = arguments
+        self._kwargs = {}
+        self.origin = QUEUE
+        self.timeout = -1
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        """The function to call, looked up only if it is on the list."""
+        if self.func_name not in FUNCTIONS:
+            raise NoSuchJobError("the function is not on the list")
+        return import_attribute(self.func_name)
+
+
+def queue(client: redis.Redis) -> Queue:
+    """The one queue, by which all deliveries travel."""
+    return Queue(QUEUE, connection=client, serializer=JSONSerializer, job_class=DreamJob, default_timeout=-1)
+
+
+def ring(client: redis.Redis, job_id: str, *, at_front: bool = False) -> None:
+    """Put a delivery for an accepted job into RQ; one that is already there stays the only one."""
+    try:
+        queue(client).enqueue_call(
+            CUSTOMIZE,
+            args=(job_id,),
+            job_id=job_id,
+            description=CUSTOMIZE,
+            timeout=-1,
+            result_ttl=0,
+            at_front=at_front,
+            unique=True,
+        )
+    except DuplicateJobError:
+        return
+
+
+def ring_again(client: redis.Redis, job_id: str) -> None:
+    """Deliver once more, at the front, whatever a lost worker has left of the last delivery."""
+    deliveries = queue(client)
+    with client.pipeline() as pipeline:
+        pipeline.lrem(deliveries.key, 0, job_id)
+        _drop(pipeline, deliveries, job_id)
+        pipeline.execute()
+    ring(client, job_id, at_front=True)
+
+
+def ring_missing(client: redis.Redis, job_ids: Iterable[str]) -> list[str]:
+    """Deliver again those of the given queued jobs that RQ does not hold; returns them."""
+    held = set(_texts(client.lrange(queue(client).key, 0, -1)))
+    missing = [job_id for job_id in job_ids if job_id not in held]
+    for job_id in missing:
+        ring_again(client, job_id)
+    return missing
+
+
+def acknowledge(client: redis.Redis, job_id: str) -> None:
+    """Take a received delivery out of RQ; from here the ledger's lease watches over the job."""
+    with client.pipeline() as pipeline:
+        _drop(pipeline, queue(client), job_id)
+        pipeline.execute()
+
+
+def announce(client: redis.Redis, name: str, card: dict[str, Any], ttl_s: float) -> None:
+    """Publish what a worker is and does, for `ttl_s` seconds."""
+    with client.pipeline() as pipeline:
+        pipeline.set(f"{CARDS}:{name}", json.dumps({**card, "name": name}), px=int(ttl_s * 1000))
+        pipeline.sadd(CARDS, name)
+        pipeline.execute()
+
+
+def withdraw(client: redis.Redis, name: str) -> None:
+    """Take a worker's card away as it leaves."""
+    with client.pipeline() as pipeline:
+        pipeline.delete(f"{CARDS}:{name}")
+        pipeline.srem(CARDS, name)
+        pipeline.execute()
+
+
+def workers(client: redis.Redis) -> list[dict[str, Any]]:
+    """The cards of all workers that were heard of lately, by name."""
+    names = sorted(_texts(client.smembers(CARDS)))
+    if not names:
+        return []
+    cards: Any = client.mget([f"{CARDS}:{name}" for name in names])
+    gone = [name for name, card in zip(names, cards, strict=True) if card is None]
+    if gone:
+        client.srem(CARDS, *gone)
+    return [json.loads(card) for card in cards if card is not None]
+
+
+def _texts(entries: Any) -> list[str]:
+    """Members of a list or set, which this client answers as bytes."""
+    return [entry.decode() for entry in entries]
+
+
+def _drop(pipeline: Any, deliveries: Queue, job_id: str) -> None:
+    pipeline.lrem(deliveries.intermediate_queue_key, 0, job_id)
+    pipeline.delete(DreamJob.key_for(job_id))
+
+
+def _call_of(data: bytes) -> tuple[str]:
+    """The arguments of the one permitted call.
+
+    Raises:
+        ValueError, TypeError, RecursionError, zlib.error: anything else.
+    """
+    inflate = zlib.decompressobj()
+    text = inflate.decompress(data, _MAX_CALL_BYTES)
+    if inflate.unconsumed_tail:
+        raise ValueError("a call of unusual size")
+    function, instance, arguments, keywords = json.loads(text)
+    if function not in FUNCTIONS or instance is not None or keywords:
+        raise ValueError("a call that is not on the list")
+    (job_id,) = arguments
+    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
+        raise ValueError("a call with other arguments")
+    return (job_id,)

@@ -1,0 +1,77 @@
+"""From a job and its artifacts to what the pipeline takes: pictures decoded, masks found, defaults filled.
+
+Importing this file needs no torch; calling it does, since the request's types are the model's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.spec import ModelSpec
+from workers import pictures
+from workers.artifacts import ArtifactStore
+from workers.jobs import CustomizeJob, ReferenceInput
+from workers.pictures import PictureLimits
+
+if TYPE_CHECKING:
+    from model.pipeline import ImageRequest
+
+Pixels = NDArray[np.uint8]
+
+
+def compose_request(job: CustomizeJob, store: ArtifactStore, spec: ModelSpec, limits: PictureLimits) -> ImageRequest:
+    """Read and decode the references of a job.
+
+    Raises:
+        ArtifactError: a reference is missing, corrupt or cannot be read.
+        PictureError: a reference does not decode.
+    """
+    from model.pipeline import ImageRequest  # noqa: PLC0415 - torch, in a process that has loaded it already
+    from model.preprocess import Reference  # noqa: PLC0415
+
+    references: list[Reference] = []
+    for wanted in job.references:
+        pixels, mask = read_reference(wanted, store, limits)
+        references.append(
+            Reference(
+                slot=wanted.slot,
+                role=wanted.role,
+                pixels=pixels,
+                mask=mask,
+                resolution=wanted.resolution or int(spec.reference_resolution.default),
+                on_no_face=wanted.on_no_face,
+            )
+        )
+    sampling = job.sampling
+    return ImageRequest(
+        prompt=job.prompt,
+        negative_prompt=job.negative_prompt,
+        references=tuple(references),
+        height=sampling.height,
+        width=sampling.width,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance=sampling.guidance,
+        first_step_guidance=sampling.first_step_guidance,
+        true_cfg_scale=sampling.true_cfg_scale,
+        true_cfg_start=sampling.true_cfg_start,
+        true_cfg_end=sampling.true_cfg_end,
+        negative_guidance=sampling.negative_guidance,
+    )
+
+
+def read_reference(wanted: ReferenceInput, store: ArtifactStore, limits: PictureLimits) -> tuple[Pixels, Pixels | None]:
+    """Pixels uint8 [h, w, 3] as stored, and the mask uint8 [h, w], 255 = keep.
+
+    A mask given by the caller goes before the picture's alpha, which counts only if something is transparent.
+    """
+    pixels = pictures.decode(store.read(wanted.image), limits)
+    alpha = pixels[..., 3] if pixels.shape[2] == 4 else None
+    rgb = np.ascontiguousarray(pixels[..., :3])
+    if wanted.mask is not None:
+        return rgb, pictures.decode_mask(store.read(wanted.mask), limits)
+    if alpha is not None and alpha.min() < 255:
+        return rgb, np.ascontiguousarray(alpha)
+    return rgb, None

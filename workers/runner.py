@@ -1,0 +1,239 @@
+"""One job from claim to commit: the outermost shell around everything that a job can make go wrong.
+
+    claim ─▶ read, decode, preprocess ─▶ encode ─▶ per image: start, step × N, decode, publish ─▶ commit
+                                       each step: `beat` = progress out, cancellation in
+
+Running is at-least-once, its effect exactly-once: all that leaves this file carries the claim's token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+from redis.exceptions import RedisError
+
+from model.errors import ModelError
+from model.spec import ModelSpec
+from workers import pictures
+from workers.artifacts import ArtifactError, ArtifactStore
+from workers.jobs import CustomizeJob, ImageArtifact, JobError, JobResult, Progress
+from workers.ledger import DamagedRecordError, Ledger
+from workers.pictures import PictureError, PictureLimits
+from workers.requests import compose_request
+from workers.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from model.pipeline import ImageRequest
+
+SEEDS = 2**64
+_LOG = structlog.stdlib.get_logger("workers.runner")
+
+
+class HotPipeline(Protocol):
+    """`model.pipeline.Pipeline` as a worker drives it. What passes between its phases is its own affair."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    def describe(self) -> dict[str, str | int]: ...
+    def warm(self) -> None: ...
+    def preprocess(self, request: ImageRequest) -> Any: ...
+    def encode(self, request: ImageRequest, prepared: Any) -> Any: ...
+    def start(self, encoded: Any, seed: int) -> Any: ...
+    def step(self, runs: Sequence[Any]) -> Sequence[Any]: ...
+    def decode(self, run: Any) -> NDArray[np.uint8]: ...
+
+
+@dataclass(slots=True)
+class Claim:
+    """The job in hand. `moved_at`: monotonic second of its last progress; the caretaker reads it."""
+
+    job_id: str
+    token: int
+    moved_at: float
+
+
+class _StoppedError(Exception):
+    """The ledger answered a beat with something else than ok."""
+
+    def __init__(self, reason: Literal["canceled", "lost"]) -> None:
+        super().__init__(reason)
+        self.reason: Literal["canceled", "lost"] = reason
+
+
+@dataclass(slots=True)
+class JobRunner:
+    """Runs claimed jobs on one hot pipeline, one at a time. `claim` is the one in hand."""
+
+    pipeline: HotPipeline
+    ledger: Ledger
+    store: ArtifactStore
+    settings: WorkerSettings
+    worker: str
+    claim: Claim | None = None
+
+    def run(self, job_id: str) -> None:
+        """Claim a job and bring it to an end; a refused claim means that there is nothing to do.
+
+        Raises:
+            redis.exceptions.RedisError: Redis was away for longer than a finished job may wait. The lease
+                lapses and the job is run again.
+        """
+        token = self.ledger.claim(job_id, self.worker)
+        if token is None:
+            _LOG.info("delivery of a job that is not queued", job_id=job_id)
+            return
+        self.claim = Claim(job_id, token, time.monotonic())
+        started = time.monotonic()
+        try:
+            state = _Attempt(self, self.claim).run()
+        finally:
+            self.claim = None
+        _LOG.info("job ended", job_id=job_id, state=state, seconds=round(time.monotonic() - started, 3))
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One claim's walk: what it has published and how long its phases took."""
+
+    runner: JobRunner
+    claim: Claim
+    published: list[ImageArtifact] = field(default_factory=list[ImageArtifact])
+    timings: dict[str, float] = field(default_factory=dict[str, float])
+
+    def run(self) -> str:
+        """Make the pictures and write the end into the ledger; returns the end's name for the log."""
+        job_id, token, ledger = self.claim.job_id, self.claim.token, self.runner.ledger
+        try:
+            result = self._make()
+        except _StoppedError as stopped:
+            if stopped.reason == "canceled":
+                self._insist(lambda: ledger.release_canceled(job_id, token))
+            state = stopped.reason
+        except Exception as error:  # noqa: BLE001 - the outermost task shell: nothing may pass it unrecorded
+            reason = job_error(error)
+            _LOG.warning("job failed", job_id=job_id, code=reason.code, exception=type(error).__name__)
+            state = "failed" if self._insist(lambda: ledger.fail(job_id, token, reason)) else "lost"
+        else:
+            if self._insist(lambda: ledger.commit(job_id, token, result)):
+                return "succeeded"
+            state = "lost"
+        for image in self.published:
+            self.runner.store.discard(image.name)
+        return state
+
+    def _make(self) -> JobResult:
+        record = self.runner.ledger.get(self.claim.job_id)
+        if record is None:
+            raise _StoppedError("lost")
+        job, pipeline = record.job, self.runner.pipeline
+        total = job.sampling.num_inference_steps * job.num_images
+        self._beat(Progress("load", 0, total))
+        request = self._timed("preprocess_s", lambda: self._compose(job))
+        self._beat(Progress("preprocess", 0, total))
+        prepared = self._timed("preprocess_s", lambda: pipeline.preprocess(request))
+        self._beat(Progress("encode", 0, total))
+        encoded = self._timed("encode_s", lambda: pipeline.encode(request, prepared))
+        for number in range(job.num_images):
+            self._image(job, encoded, number, total)
+        return JobResult(
+            images=tuple(self.published),
+            timings={name: round(seconds, 4) for name, seconds in self.timings.items()},
+        )
+
+    def _compose(self, job: CustomizeJob) -> ImageRequest:
+        return compose_request(job, self.runner.store, self.runner.pipeline.spec, PictureLimits())
+
+    def _image(self, job: CustomizeJob, encoded: Any, number: int, total: int) -> None:
+        """Denoise, decode and publish picture `number` of the job."""
+        pipeline, seed = self.runner.pipeline, (job.sampling.seed + number) % SEEDS
+        done = job.sampling.num_inference_steps * number
+        run = self._timed("denoise_s", lambda: pipeline.start(encoded, seed))
+        self._beat(Progress("denoise", done, total))
+        while not run.done:
+            (run,) = self._timed("denoise_s", lambda current=run: pipeline.step([current]))
+            done += 1
+            self._beat(Progress("denoise", done, total))
+        self._beat(Progress("decode", done, total))
+        pixels = self._timed("decode_s", lambda: pipeline.decode(run))
+        data = self._timed("decode_s", lambda: pictures.encode(pixels, job.output_format))
+        name = f"{job.id}.{self.claim.token}.{number}.{job.output_format}"
+        height, width, _ = pixels.shape
+        self.published.append(
+            ImageArtifact(
+                name=name,
+                sha256=self.runner.store.publish(name, data),
+                media_type=pictures.media_type(job.output_format),
+                width=width,
+                height=height,
+                size=len(data),
+                seed=seed,
+            )
+        )
+
+    def _beat(self, progress: Progress) -> None:
+        """Tell the ledger; a Redis that is away for a moment stops no picture.
+
+        Raises:
+            _StoppedError: canceled or lost.
+        """
+        self.claim.moved_at = time.monotonic()
+        try:
+            answer = self.runner.ledger.beat(self.claim.job_id, self.claim.token, progress)
+        except RedisError as error:
+            _LOG.warning("beat not heard", job_id=self.claim.job_id, exception=type(error).__name__)
+            return
+        if answer != "ok":
+            raise _StoppedError(answer)
+
+    def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.timings[phase] = self.timings.get(phase, 0.0) + time.perf_counter() - started
+
+    def _insist(self, write: Callable[[], bool]) -> bool:
+        """Write an end, for as long as the settings' patience lasts; the scripts bear repetition."""
+        deadline = time.monotonic() + self.runner.settings.commit_patience_s
+        while True:
+            try:
+                return write()
+            except RedisError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+
+def job_error(error: Exception) -> JobError:
+    """What the caller may know of a failure: a code and a remedy, nothing of the exception's own text."""
+    match error:
+        case ModelError():
+            return JobError(error.code, error.message)
+        case ArtifactError():
+            return JobError(error.code, error.message, retryable=error.code == "storage_unavailable")
+        case PictureError():
+            return JobError(error.code, error.message)
+        case DamagedRecordError():
+            return JobError("internal", "The job's record is damaged: submit it again.")
+        case _ if _is_out_of_memory(error):
+            return JobError(
+                "out_of_memory",
+                "The worker ran out of memory: try again, or ask for a smaller size or fewer references.",
+                retryable=True,
+            )
+        case _:
+            return JobError("internal", f"The worker failed with {type(error).__name__}.")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch.OutOfMemoryError and its relatives are RuntimeErrors that say so."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return "out of memory" in text or "can't allocate memory" in text or "cublas_status_alloc_failed" in text
