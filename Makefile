@@ -31,6 +31,7 @@ check: $(VENV)/dev.stamp ## formatting, lint, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/kernels/test_name.py
 
 format: $(VENV)/dev.stamp ## format and fix what lint can fix
 	$(BIN)/ruff format .

@@ -25,6 +25,8 @@ from workers.ledger import Ledger
 from workers.pictures import PictureLimits
 
 SEEDS = 2**64
+DRAWN_SEEDS = 2**53
+"""A drawn seed stays exact in JavaScript, whose callers read it from the job and send it again."""
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_BYTES = 2048
 DEFAULT_NEGATIVE_GUIDANCE = 3.5  # dreamo app.py
@@ -188,7 +190,7 @@ def resolve_sampling(request: CustomizeRequest, spec: ModelSpec) -> Sampling:
         num_inference_steps=steps,
         guidance=guidance,
         first_step_guidance=_or(request.first_step_guidance, guidance),
-        seed=secrets.randbelow(SEEDS) if request.seed is None else request.seed,
+        seed=secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed,
         true_cfg_scale=_or(request.true_cfg_scale, spec.true_cfg_scale.default),
         true_cfg_start=start,
         true_cfg_end=end,

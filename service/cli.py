@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -31,6 +32,21 @@ Url = Annotated[str, typer.Option(envvar="DREAMSERVE_URL", help="Where the servi
 def main() -> None:
     """Entry point of the `dreamserve` command."""
     app(prog_name="dreamserve")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dreamserve {version('dreamserve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def dreamserve(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Start it, use it, try it, check it."""
 
 
 @app.command()
@@ -112,7 +128,7 @@ def doctor(context: typer.Context) -> None:
 
 @app.command()
 def submit(
-    prompt: Annotated[str, typer.Option(help="Write [ref#1] where the first reference is meant.")],
+    prompt: Annotated[str, typer.Option(help="Write \\[ref#1] where the first reference is meant.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .png, .jpg or .webp.")],
     reference: Annotated[
         list[str] | None, typer.Option(help="ROLE=FILE, once for each slot; 'none' leaves a slot empty.")

@@ -11,9 +11,9 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from service.process_tree import die_with_parent
 from service.samples import contact_sheet, sample
 from service.submit import Finished, SubmitError, customize, data_url, model_about
+from workers.lifeline import die_with_parent
 
 PROMPT = "the star from [ref#1] and the mug from [ref#2] on a wooden table"
 SEED = 7

@@ -7,7 +7,6 @@ each of them once. On Linux the kernel ends them if the parent is killed without
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,13 +15,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from workers.lifeline import die_with_parent
+
 FATAL_EXIT = 2
 """Exit status of a child that cannot run as configured: wrong options, or a model that does not load."""
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 STEADY_S = 60.0
 """A child that ran this long starts again without a growing pause."""
-_PR_SET_PDEATHSIG = 1
 
 
 class TreeFailedError(Exception):
@@ -124,21 +124,6 @@ def _start(child: _Child) -> None:
         preexec_fn=die_with_parent(),  # noqa: PLW1509 - one system call; the parent has no other threads
     )
     child.started_at = time.monotonic()
-
-
-def die_with_parent() -> Callable[[], None] | None:
-    """A `preexec_fn` by which the kernel sends SIGTERM when the parent's thread ends; None off Linux."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    parent = os.getpid()
-
-    def tie() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it ended in between
-            os._exit(1)
-
-    return tie
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:

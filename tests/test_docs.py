@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import ROOT
+
 ROOMS = ("service", "workers", "model", "kernels")
 
 
@@ -84,23 +84,6 @@ def blocks(document: str) -> list[str]:
     return re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory):
-    """A whole service with the shipped model, as `make serve` starts it."""
-    state = tmp_path_factory.mktemp("state")
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--state-dir", str(state)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("DREAMSERVE_")}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert "ready" in line
-        yield line.split()[-1]
-    finally:
-        process.terminate()
-        assert process.wait(30) == 0
-
-
 def shell(script: str, folder: Path) -> None:
     """Run a block of the README in a folder that looks like the repository's root."""
     for name in ("docs", "model"):
@@ -108,6 +91,13 @@ def shell(script: str, folder: Path) -> None:
     binaries = Path(sys.executable).parent
     script = script.replace(".venv/bin/", f"{binaries}/")
     subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, check=True, timeout=120)
+
+
+def test_the_help_shows_placeholders() -> None:
+    """What looks like markup to the terminal library is shown as it is written."""
+    command = [sys.executable, "-m", "service.cli", "submit", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=60).stdout
+    assert "[ref#1]" in said
 
 
 def test_the_command_line_example(address: str, tmp_path: Path) -> None:

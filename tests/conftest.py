@@ -1,0 +1,30 @@
+"""A whole service that tests of several rooms share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    """`dreamserve serve` with the shipped model, as `make serve` starts it; its URL."""
+    state = tmp_path_factory.mktemp("state")
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--state-dir", str(state)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("DREAMSERVE_")}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert "ready" in line
+        yield line.split()[-1]
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
