@@ -6,7 +6,7 @@ Shapes: S = total tokens, H = heads, d = head dimension.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch.nn import functional as F
@@ -15,7 +15,9 @@ from torch.nn import functional as F
 def packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: Sequence[int]
 ) -> torch.Tensor:
-    """Attention within each sequence of a pack, by one torch SDPA call per sequence.
+    """Attention within each sequence of a pack, through torch SDPA.
+
+    Neighbours of equal length share one call; sort a batch by length to make the most of it.
 
     Args:
         query, key, value: [S, H, d], sequences one after the other.
@@ -24,12 +26,17 @@ def packed_attention(
     Returns:
         [S, H, d], in the order of the input.
     """
-    parts = [
-        F.scaled_dot_product_attention(
-            query[start:end].transpose(0, 1)[None],
-            key[start:end].transpose(0, 1)[None],
-            value[start:end].transpose(0, 1)[None],
-        )[0].transpose(0, 1)
-        for start, end in pairwise(boundaries)
-    ]
+    lengths = [end - start for start, end in pairwise(boundaries)]
+    parts: list[torch.Tensor] = []
+    start = 0
+    for length, group in groupby(lengths):
+        count = len(list(group))
+        end = start + count * length
+
+        def batch(tokens: torch.Tensor, begin: int = start, stop: int = end, num: int = count) -> torch.Tensor:
+            return tokens[begin:stop].unflatten(0, (num, -1)).transpose(1, 2)
+
+        attended = F.scaled_dot_product_attention(batch(query), batch(key), batch(value))
+        parts.append(attended.transpose(1, 2).flatten(0, 1))
+        start = end
     return parts[0] if len(parts) == 1 else torch.cat(parts)

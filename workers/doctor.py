@@ -182,7 +182,9 @@ def main() -> int:
         console.print(f"bad configuration: {describe_bad_settings(error)}", markup=False, soft_wrap=True)
         return 1
     findings = [finding for check in CHECKS for finding in check(settings)]
-    table = Table("", "found", "", "what to do")
+    table = Table()
+    for heading in ("", "found", "", "what to do"):
+        table.add_column(heading, overflow="fold")
     for row in findings:
         style = _STYLES[row.verdict]
         table.add_row(row.what, escape(row.found), f"[{style}]{row.verdict}[/]", escape(row.remedy))
