@@ -54,7 +54,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform
 	--generate-hashes --no-emit-package torch --no-emit-find-links --no-annotate --no-header
 lock: $(VENV)/run.stamp ## resolve the locks anew
 	$(COMPILE) pyproject.toml -c deploy/torch.txt -o requirements.lock
-	$(COMPILE) pyproject.toml --extra dev -c deploy/torch.txt -c requirements.lock -o requirements-dev.lock
+	$(COMPILE) pyproject.toml --extra dev --extra train -c deploy/torch.txt -c requirements.lock -o requirements-dev.lock
 
 clean: ## remove what was built
 	rm -rf $(VENV) out .state

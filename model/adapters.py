@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from model.errors import WeightsError
 
-Version = Literal["v1", "v1.1"]
+Version = Literal["v1", "v1.1", "main"]
+"""A released stack, or `main`: the main file alone, as this project's training writes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ EMBEDDINGS = ("dreamo_task_embedding", "dreamo_idx_embedding", "dreamo_t5_embedd
 
 
 def stack(version: Version, *, turbo: bool) -> tuple[AdapterFile, ...]:
-    """The files of a released version, in fusing order with their released weights (dreamo_pipeline.py)."""
+    """The files of a version, in fusing order with their released weights (dreamo_pipeline.py)."""
+    if version == "main":
+        return (AdapterFile("dreamo", MAIN, 1.0),)
     return (
         AdapterFile("dreamo", MAIN, 1.0),
         AdapterFile("cfg", "dreamo_cfg_distill.safetensors", 1.0),

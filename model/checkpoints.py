@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -111,10 +111,29 @@ def load_model(source: ModelSource) -> LoadedModel:
         WeightsError: with a code and a sentence that names the file and the remedy.
     """
     quiet_libraries()
+    return _assemble(source, load_transformer(source))
+
+
+def load_plain(source: ModelSource, embeddings: Mapping[str, torch.Tensor]) -> LoadedModel:
+    """FLUX without DreamO, as training starts from it, with the given embedding tensors.
+
+    Args:
+        embeddings: under the names of `adapters.EMBEDDINGS`.
+
+    Raises:
+        WeightsError: see `load_model`.
+    """
+    quiet_libraries()
+    base = resolve_base(source.base_model)
+    transformer = load_part(FluxTransformer2DModel, base, "transformer", source.torch_dtype())
+    checked = _check_embeddings("the given embeddings", dict(embeddings), transformer)
+    return _assemble(source, FusedTransformer(transformer, checked))
+
+
+def _assemble(source: ModelSource, fused: FusedTransformer) -> LoadedModel:
     device, dtype = source.torch_device(), source.torch_dtype()
     base = resolve_base(source.base_model)
     spec = load_spec(source.base_model, version=source.version, turbo=source.turbo)
-    fused = load_transformer(source)
     text = load_text(base, dtype, spec.text_tokens)
     text.add_placeholders(fused.embeddings["dreamo_t5_embedding"])
     vae = load_part(AutoencoderKL, base, "vae", dtype)

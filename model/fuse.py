@@ -21,6 +21,7 @@ class FuseDtype(StrEnum):
 class DreamoVersion(StrEnum):
     V1 = "v1"
     V1_1 = "v1.1"
+    MAIN = "main"
 
 
 app = typer.Typer(add_completion=False)
@@ -38,7 +39,8 @@ def fuse(
         typer.Option(envvar="DREAMSERVE_DREAMO", help="Released DreamO files; default BASE/dreamo."),
     ] = None,
     version: Annotated[
-        DreamoVersion, typer.Option(envvar="DREAMSERVE_VERSION", help="Which released stack.")
+        DreamoVersion,
+        typer.Option(envvar="DREAMSERVE_VERSION", help="Released stack; main: dreamo.safetensors alone."),
     ] = DreamoVersion.V1_1,
     turbo: Annotated[
         bool, typer.Option(envvar="DREAMSERVE_TURBO", help="Include the Turbo adapter (12 steps).")

@@ -30,12 +30,20 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReferenceTokens:
-    """One reference as the DiT takes it. `slot` is 1-based and never compacted; tokens [rows * columns, 64]."""
+    """One reference as the DiT takes it.
+
+    Attributes:
+        slot: 1-based and never compacted.
+        tokens: [rows * columns, 64]; [len(kept), 64] where only some are present.
+        kept: [n] which tokens of the grid are present, in row-major order; None for all. Training drops tokens; the
+            rest keep their positions.
+    """
 
     slot: int
     role: Role
     tokens: torch.Tensor
     grid: Grid
+    kept: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +197,13 @@ def lay_out(conditions: Sequence[Condition]) -> Layout:
 def _reference_ids(condition: Condition) -> list[torch.Tensor]:
     diagonal = [r for r in condition.references if RULES[r.role].positions == "diagonal"]
     origins = iter(diagonal_origins(condition.target_grid, [r.grid for r in diagonal]))
-    return [
+    whole = [
         grid_ids(r.grid, next(origins) if RULES[r.role].positions == "diagonal" else (0, 0))
         for r in condition.references
+    ]
+    return [
+        ids if r.kept is None else ids[r.kept.to(ids.device)]
+        for ids, r in zip(whole, condition.references, strict=True)
     ]
 
 

@@ -5,7 +5,9 @@ Shapes: L T5 tokens, padding included and not masked (FLUX: 512 × 4096); pooled
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer
@@ -48,6 +50,7 @@ class PromptEncoder:
         self.t5 = t5
         self.max_tokens = max_tokens
         self._pad: int = t5.config.pad_token_id or 0
+        self._clip_pad = cast("int", clip_tokenizer.pad_token_id)
 
     def add_placeholders(self, rows: torch.Tensor) -> None:
         """Append DreamO's added tokens to T5 with their trained embedding rows.
@@ -87,13 +90,30 @@ class PromptEncoder:
     @torch.inference_mode()
     def encode(self, prompt: str) -> PromptEmbeds:
         """Features of one prompt, in the encoders' dtype, on their device."""
-        tokens = self.tokenize(prompt)
-        t5_ids = [*tokens.t5, *([self._pad] * (self.max_tokens - len(tokens.t5)))]
-        length = self.clip.config.max_position_embeddings
-        clip_pad = self.clip_tokenizer.pad_token_id
-        clip_ids = [*tokens.clip, *([clip_pad] * (length - len(tokens.clip)))]
+        return self.features([prompt])[0]
+
+    def features(self, prompts: Sequence[str], rows: torch.Tensor | None = None) -> list[PromptEmbeds]:
+        """Features of several prompts in one batch; gradients flow if they are enabled.
+
+        Args:
+            rows: [10, Ct] stand in for the added tokens' embedding rows. Training them needs the graph through T5.
+        """
+        tokens = [self.tokenize(prompt) for prompt in prompts]
         device = self.t5.device
-        return PromptEmbeds(
-            text=self.t5(torch.tensor([t5_ids], device=device)).last_hidden_state[0],
-            pooled=self.clip(torch.tensor([clip_ids], device=device)).pooler_output[0],
-        )
+        t5_ids = _padded([t.t5 for t in tokens], self.max_tokens, self._pad).to(device)
+        clip_length = self.clip.config.max_position_embeddings
+        clip_ids = _padded([t.clip for t in tokens], clip_length, self._clip_pad).to(device)
+        if rows is None:
+            text = self.t5(t5_ids).last_hidden_state
+        else:
+            table = self.t5.get_input_embeddings().weight
+            first = table.shape[0] - len(ADDED_TOKENS)
+            whole = torch.cat([table[:first], rows.to(table.dtype)])
+            text = self.t5(inputs_embeds=torch.nn.functional.embedding(t5_ids, whole)).last_hidden_state
+        pooled = self.clip(clip_ids).pooler_output
+        return [PromptEmbeds(*pair) for pair in zip(text, pooled, strict=True)]
+
+
+def _padded(ids: Sequence[Sequence[int]], length: int, pad: int) -> torch.Tensor:
+    """[n, length] int64."""
+    return torch.tensor([[*row, *([pad] * (length - len(row)))] for row in ids])

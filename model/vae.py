@@ -47,8 +47,11 @@ class LatentCodec:
     @torch.inference_mode()
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """Posterior parameters of [3, H, W]: [2C, H/f, W/f], mean then log variance."""
-        posterior = self.vae.encode(pixels[None].to(self.vae.device, self.vae.dtype)).latent_dist
-        return posterior.parameters[0]
+        return self.batch_moments(pixels[None])[0]
+
+    def batch_moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`moments` of pictures of one size: [n, 3, H, W] → [n, 2C, H/f, W/f]."""
+        return self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.parameters
 
     def sample(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Packed tokens of one posterior draw: (mean + std · noise − shift) · scale."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from service.settings import GatewaySettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+dataset = typer.Typer(no_args_is_help=True, help="Look at training data.")
+app.add_typer(dataset, name="dataset")
 _OUT = Console()
 _ERR = Console(stderr=True)
 _PASS_ON: dict[str, Any] = {
@@ -121,9 +123,21 @@ def fuse(context: typer.Context) -> None:
 
 
 @app.command(**_PASS_ON)
+def train(context: typer.Context) -> None:
+    """Train an adapter by a recipe (python -m workers.training)."""
+    _become("workers.training", context.args)
+
+
+@app.command(**_PASS_ON)
 def doctor(context: typer.Context) -> None:
     """Say what this machine has and what is missing (python -m workers.doctor)."""
     _become("workers.doctor", context.args)
+
+
+@dataset.command(**_PASS_ON)
+def check(context: typer.Context) -> None:
+    """Say what is wrong with a dataset, row by row (python -m workers.training.datasets.check)."""
+    _become("workers.training.datasets.check", context.args)
 
 
 @app.command()

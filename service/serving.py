@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -140,8 +141,13 @@ def _programs(serving: Serving, listener: socket.socket, redis_url: str) -> list
         environment,
         pass_fds=(listener.fileno(),),
     )
+    # Several torch processes that each take all cores slow one another down many times over.
+    threads: dict[str, str] = {}
+    if serving.workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // serving.workers))
     workers = [
-        Program(f"worker {number}", serving.worker_command, environment) for number in range(1, serving.workers + 1)
+        Program(f"worker {number}", serving.worker_command, environment | threads)
+        for number in range(1, serving.workers + 1)
     ]
     return [gateway, *workers]
 

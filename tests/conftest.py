@@ -12,6 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# Several processes run torch at once here; with all cores each they slow one another down many times over.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:

@@ -50,9 +50,16 @@ def test_every_file_is_listed() -> None:
         paragraph = text.split(f"**{room}**")[1].split("\n\n")[0]
         listed = set(re.findall(r"`([a-z_]+)`", paragraph)) - {"dreamserve"}
         assert listed == {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}, room
+    training = ROOT / "workers" / "training"
+    listed = set(re.findall(r"`([a-z_]+)`", text.split("**workers/training**")[1].split("\n\n")[0]))
+    packages = {path.parent.name for path in training.glob("*/__init__.py")}
+    assert listed == {path.stem for path in training.glob("*.py")} - {"__init__", "__main__"} | packages
 
 
-@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/errors.md"])
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/errors.md", "docs/datasets.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
     """Relative links name files of the repository."""
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
@@ -112,6 +119,12 @@ def test_the_curl_example(address: str, tmp_path: Path) -> None:
     (script,) = [block for block in blocks("README.md") if "curl" in block]
     shell(script.replace("http://127.0.0.1:8080", address), tmp_path)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_training_example(tmp_path: Path) -> None:
+    """README's dry run and dataset check."""
+    (script,) = [block for block in blocks("README.md") if "dreamserve train" in block]
+    shell(script, tmp_path)
 
 
 def test_the_real_weights_example(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
-"""`python -m tests.benchmarks [--device cpu|cuda] [--rounds N] [step|line …]`: measure and write JSON rows."""
+"""`python -m tests.benchmarks [--device cpu|cuda] [--rounds N] [SUITE …]`: measure and write JSON rows."""
 
 from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import line, step
+from tests.benchmarks import line, routing, step, stickerworld
 from tests.benchmarks.measure import publish
 
-SUITES = {"step": step.run, "line": line.run}
+SUITES = {"step": step.run, "line": line.run, "routing": routing.run, "stickerworld": stickerworld.run}
 
 
 def main() -> None:

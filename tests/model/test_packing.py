@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,6 +90,18 @@ def test_slots_are_not_compacted() -> None:
     assert rows_of(with_gap) == [(1, None), (0, 2), (0, 4)]
     assert rows_of(without) == [(1, None), (0, 1), (0, 2)]
     assert torch.equal(with_gap.ids, without.ids)
+
+
+def test_dropped_tokens_leave_the_others_in_place() -> None:
+    """Token drop removes tokens from the sequence; the rest keep their ids, and later references their origin."""
+    whole = condition((4, 4), {1: (3, 3), 2: (2, 2)})
+    first, second = whole.references
+    kept = torch.tensor([0, 4, 8])
+    thinned = replace(whole, references=(replace(first, tokens=first.tokens[kept], kept=kept), second))
+    ids, all_ids = lay_out([thinned]).ids, lay_out([whole]).ids
+    start = 3 + 16
+    assert torch.equal(ids[start : start + 3], all_ids[start + kept])
+    assert torch.equal(ids[start + 3 :], all_ids[start + 9 :])
 
 
 def test_the_negative_branch_adds_nothing() -> None:

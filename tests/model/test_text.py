@@ -38,6 +38,27 @@ def test_a_placeholder_changes_the_features(encoder: PromptEncoder) -> None:
     assert (one - two).abs().max() > 1e-2
 
 
+def test_a_batch_equals_one_by_one(encoder: PromptEncoder) -> None:
+    """Prompts of different lengths share a call without touching each other."""
+    prompts = ["a toy [ref#1]", "", "a person playing guitar in the street"]
+    with torch.no_grad():
+        together = encoder.features(prompts)
+    for prompt, embeds in zip(prompts, together, strict=True):
+        alone = encoder.encode(prompt)
+        assert torch.allclose(embeds.text, alone.text, atol=2e-6)
+        assert torch.allclose(embeds.pooled, alone.pooled, atol=2e-6)
+
+
+def test_rows_stand_in_for_the_added_tokens(encoder: PromptEncoder) -> None:
+    """The table's own rows give the same features; other rows get a gradient, and only where a placeholder stands."""
+    own = encoder.t5.get_input_embeddings().weight[-10:].detach().clone().requires_grad_()
+    features = encoder.features(["a toy [ref#2]"], own)[0].text
+    assert torch.allclose(features, encoder.encode("a toy [ref#2]").text, atol=1e-4)
+    features.square().sum().backward()
+    assert own.grad is not None
+    assert [row for row in range(10) if own.grad[row].abs().sum() > 0] == [1]
+
+
 def test_long_prompts_end_with_the_end_token(encoder: PromptEncoder) -> None:
     """Truncation keeps `</s>` last and both encoders within their length."""
     tokens = encoder.tokenize("a person " * 400)

@@ -1,0 +1,243 @@
+"""A run of a recipe: it learns, stops and goes on exactly, and leaves an adapter that serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoints import SHIPPED, LoadedModel, ModelSource, load_model
+from model.pipeline import ImageRequest, Pipeline, PreparedReference
+from model.preprocess import load_tools
+from model.roles import Role
+from tests.workers.training.squares import Squares
+from workers.training.adapting import Embeddings
+from workers.training.recipes import Recipe
+from workers.training.records import Record
+from workers.training.snapshots import SnapshotError, newest_snapshot
+from workers.training.trainer import StepReport, Trainer, TrainingError
+
+STAGE = {"name": "one", "steps": 6, "batch": 3, "mixture": {"single": 1}, "optimizer": {"lr": 1e-3}}
+
+
+def recipe(**changes: object) -> Recipe:
+    fields = {
+        "name": "test",
+        "lora": {"rank": 4},
+        "save_every": 2,
+        "stages": [STAGE, {**STAGE, "name": "two", "steps": 4, "ema": 0.5, "plain_text": 0.5, "token_drop": 0.5}],
+    }
+    return Recipe.model_validate(fields | changes)
+
+
+def trainer(directory: Path, plan: Recipe, source: object = None, reports: list[StepReport] | None = None) -> Trainer:
+    seen: list[StepReport] = [] if reports is None else reports
+    model = load_model(ModelSource(device="cpu", dtype="float32"))
+    return Trainer(plan, model, fresh_embeddings(model), source or Squares(), directory, seen.append)
+
+
+def fresh_embeddings(model: LoadedModel) -> Embeddings:
+    table = model.text.t5.get_input_embeddings().weight
+    return Embeddings(
+        {
+            "dreamo_task_embedding": model.tables.type,
+            "dreamo_idx_embedding": model.tables.index,
+            "dreamo_t5_embedding": table[-10:],
+        }
+    )
+
+
+def weights(run: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in run.objective.named_parameters() if "lora_" in n or "embeddings" in n}
+
+
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[StepReport]]:
+    reports: list[StepReport] = []
+    run = trainer(tmp_path_factory.mktemp("run"), recipe(), reports=reports)
+    assert run.run()
+    return weights(run), reports
+
+
+def test_a_stopped_run_ends_as_an_undisturbed_one(
+    tmp_path: Path, undisturbed: tuple[dict[str, torch.Tensor], list[StepReport]]
+) -> None:
+    """Stopped after an odd step, in the second stage too, and resumed by new processes: the same bits, losses too."""
+    wanted, reports = undisturbed
+    losses: list[float] = []
+    for stop_after in (3, 7, 9, 99):
+        seen: list[StepReport] = []
+        run = trainer(tmp_path, recipe(), reports=seen)
+        assert run.resume() == (stop_after > 3)
+
+        def watch(report: StepReport, run: Trainer = run, seen: list[StepReport] = seen, at: int = stop_after) -> None:
+            seen.append(report)
+            if report.step == at:
+                run.stop.set()
+
+        run.report = watch
+        assert run.run() == (stop_after == 99)
+        losses += [report.loss for report in seen]
+    assert losses == [report.loss for report in reports]
+    assert same(weights(run), wanted)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(
+    tmp_path: Path, undisturbed: tuple[dict[str, torch.Tensor], list[StepReport]]
+) -> None:
+    """A process that dies without a word loses the steps since the last checkpoint, and nothing else."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(report: StepReport) -> None:
+        if report.step == 5:
+            raise Killed
+
+    run = trainer(tmp_path, recipe())
+    run.report = die
+    with pytest.raises(Killed):
+        run.run()
+    again = trainer(tmp_path, recipe())
+    assert again.resume()
+    assert again.step == 4
+    assert again.run()
+    assert same(weights(again), undisturbed[0])
+
+
+def test_prodigy_goes_on_exactly_too(tmp_path: Path) -> None:
+    """An optimizer with numbers of its own per run: they are part of a checkpoint."""
+    stage = {**STAGE, "optimizer": {"name": "prodigy", "lr": 1.0}}
+    whole = trainer(tmp_path / "whole", recipe(stages=[stage]))
+    assert whole.run()
+    first = trainer(tmp_path / "parts", recipe(stages=[stage]))
+    first.report = lambda report: first.stop.set() if report.step == 3 else None
+    assert not first.run()
+    second = trainer(tmp_path / "parts", recipe(stages=[stage]))
+    assert second.resume()
+    assert second.run()
+    assert same(weights(second), weights(whole))
+
+
+def test_training_lowers_the_losses(tmp_path: Path) -> None:
+    """On a handful of records, flow, routing and placeholder loss all fall."""
+    reports: list[StepReport] = []
+    stage = {**STAGE, "steps": 40, "batch": 8, "optimizer": {"lr": 5e-3}, "time": {"kind": "uniform"}}
+    run = trainer(tmp_path, recipe(stages=[stage], save_every=100), reports=reports)
+    assert run.run()
+    for name in ("flow", "route", "holder"):
+        first = np.mean([report.losses[name] for report in reports[:8]])
+        last = np.mean([report.losses[name] for report in reports[-8:]])
+        assert last < 0.97 * first, name
+
+
+def test_a_base_stage_trains_the_base_and_an_adapter_stage_does_not(tmp_path: Path) -> None:
+    """Stages train what they say: base first with the adapter out of the way, then the adapter on a frozen base."""
+    base = {**STAGE, "name": "base", "steps": 2, "train": "base", "losses": {"route": 0, "holder": 0}}
+    plan = recipe(stages=[base, {**STAGE, "steps": 2}])
+    run = trainer(tmp_path, plan)
+    names = {n for n, _ in run.objective.named_parameters()}
+    start = {n: p.detach().clone() for n, p in run.objective.named_parameters()}
+    middle: dict[str, torch.Tensor] = {}
+
+    def watch(report: StepReport) -> None:
+        if report.step == 2:
+            middle.update({n: p.detach().clone() for n, p in run.objective.named_parameters()})
+
+    run.report = watch
+    assert run.run()
+    end = dict(run.objective.named_parameters())
+    adapter = {n for n in names if "lora_" in n or n.startswith("embeddings")}
+    assert all(torch.equal(start[n], middle[n]) for n in adapter)
+    assert any(not torch.equal(start[n], middle[n]) for n in names - adapter)
+    assert all(torch.equal(middle[n], end[n]) for n in names - adapter)
+    assert any(not torch.equal(middle[n], end[n]) for n in adapter)
+    resumed = trainer(tmp_path, plan)
+    assert resumed.resume()
+    assert all(torch.equal(p, end[n]) for n, p in resumed.objective.named_parameters() if n in names - adapter)
+
+
+def test_a_loss_that_is_not_finite_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    """The message names step and remedy, and the checkpoint holds the weights before the step."""
+
+    class Poisoned(Squares):
+        def record(self, index: int, mixture: Mapping[str, float]) -> Record:
+            record = super().record(index, mixture)
+            if index >= 9:  # the fourth step
+                run.objective.embeddings.type_rows.data[0] = torch.nan
+            return record
+
+    run = trainer(tmp_path, recipe(), Poisoned())
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan; .* Lower the learning rate"):
+        run.run()
+    snapshot = newest_snapshot(tmp_path / "checkpoints")
+    assert snapshot is not None
+    assert snapshot.step == 3
+
+
+def test_another_recipe_is_not_resumed(tmp_path: Path) -> None:
+    """A changed recipe would give a run that is neither; a damaged checkpoint is named."""
+    run = trainer(tmp_path, recipe(stages=[{**STAGE, "steps": 2}]))
+    run.run()
+    with pytest.raises(TrainingError, match="another recipe"):
+        trainer(tmp_path, recipe(seed=1, stages=[{**STAGE, "steps": 2}])).resume()
+    (file,) = (tmp_path / "checkpoints").glob("*/state.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SnapshotError, match="is damaged"):
+        trainer(tmp_path, recipe(stages=[{**STAGE, "steps": 2}])).resume()
+
+
+def test_the_exported_adapter_serves_as_it_was_trained(tmp_path: Path) -> None:
+    """The picture of the unfused peft model equals that of the released file, fused and loaded like any other."""
+    run = trainer(tmp_path / "run", recipe(stages=[{**STAGE, "steps": 3, "optimizer": {"lr": 1e-2}}]))
+    assert run.run()
+    exported = run.export()
+    trained = replace(
+        run.model,
+        tables=replace(
+            run.model.tables,
+            type=run.objective.embeddings.type_rows.detach(),
+            index=run.objective.embeddings.index_rows.detach(),
+        ),
+    )
+    with torch.no_grad():
+        table = trained.text.t5.get_input_embeddings().weight
+        table[-10:] = run.objective.embeddings.placeholder_rows
+    served = served_with(exported.directory, tmp_path / "served")
+    a, b = picture(trained).astype(int), picture(served).astype(int)
+    assert np.abs(a - b).max() <= 1
+    assert np.abs(a - picture(load_model(ModelSource(device="cpu"))).astype(int)).max() > 5
+
+
+def served_with(adapter: Path, folder: Path) -> LoadedModel:
+    """The shipped stack with the trained change on top of it, through the loading code of a worker."""
+    from safetensors.torch import save_file
+
+    from model.adapters import fuse, read_adapter
+    from model.checkpoints import FUSED_EMBEDDINGS, load_transformer
+
+    trained = read_adapter(adapter / "dreamo.safetensors")
+    base = load_transformer(ModelSource(device="cpu"))
+    state = fuse(base.transformer.state_dict(), [(trained, 1.0)])
+    base.transformer.load_state_dict(state, strict=False)
+    base.transformer.save_pretrained(folder / "transformer")
+    save_file(dict(trained.embeddings), folder / FUSED_EMBEDDINGS)
+    return load_model(ModelSource(base_model=str(SHIPPED), fused=folder, device="cpu"))
+
+
+def picture(model: LoadedModel) -> np.ndarray:
+    pipeline = Pipeline(model, load_tools("auto", "auto", "cpu"))
+    pixels = np.full((32, 32, 3), (200, 30, 60), np.uint8)
+    request = ImageRequest("a square [ref#1] on the left", "", (), 64, 64, 3, 4.5, 4.5)
+    run = pipeline.start(pipeline.encode(request, [PreparedReference(1, Role.SUBJECT, pixels)]), seed=1)
+    while not run.done:
+        (run,) = pipeline.step([run])
+    return pipeline.decode(run)

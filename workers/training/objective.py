@@ -1,0 +1,99 @@
+"""What is optimised: the packed forward with its adapter and embeddings, and the losses of one batch.
+
+One module, so that accelerate can spread it over processes: its forward is prompts and latents in, losses out.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from model.checkpoints import LoadedModel
+from model.losses import Losses, LossTerm, flow_loss, holder_loss, noised, route_loss
+from model.packing import Condition, lay_out, pack
+from model.roles import ADDED_TOKENS
+from model.routing import Capture, ResponseMaps, placeholder_ids, placeholder_positions
+from model.text import PromptEmbeds, PromptEncoder
+from model.transformer import EmbeddingTables, forward, forward_with_maps
+from workers.training.adapting import Embeddings
+from workers.training.batches import Batch
+from workers.training.recipes import LossPart
+
+_CACHED_PROMPTS = 4096
+
+
+class Objective(nn.Module):
+    """The trained network and its losses.
+
+    Args:
+        checkpointing: compute blocks again in the backward pass instead of keeping their insides.
+    """
+
+    def __init__(self, model: LoadedModel, embeddings: Embeddings, *, checkpointing: bool) -> None:
+        super().__init__()
+        self.transformer = model.transformer
+        self.embeddings = embeddings
+        self.checkpointing = checkpointing
+        self._prompts = _Prompts(model.text)  # frozen, and no part of this module's state
+
+    def forward(self, batch: Batch, losses: LossPart) -> tuple[Losses, ResponseMaps]:
+        """Losses of a batch; those of weight 0 are not computed."""
+        embeds = self._prompts.features([example.prompt for example in batch.examples], self.embeddings)
+        conditions = [
+            Condition(embed.text, embed.pooled, example.grid, example.references)
+            for embed, example in zip(embeds, batch.examples, strict=True)
+        ]
+        layout = lay_out(conditions)
+        times = batch.times.to(batch.examples[0].latents)
+        latents = [
+            noised(example.latents, example.noise, time) for example, time in zip(batch.examples, times, strict=True)
+        ]
+        packed = pack(layout, conditions, latents, list(times), batch.guidances.tolist())
+        tables = EmbeddingTables(self.embeddings.type_rows, self.embeddings.index_rows)
+        wants_route, wants_holder = losses.route > 0 and bool(batch.masks), losses.holder > 0
+        maps = ResponseMaps((), ())
+        if wants_route or wants_holder:
+            capture = Capture(route=wants_route, holder=wants_holder)
+            positions = self._prompts.positions([example.prompt for example in batch.examples])
+            velocity, maps = forward_with_maps(
+                self.transformer, tables, packed, capture, positions, checkpoint=self.checkpointing
+            )
+        else:
+            velocity = forward(self.transformer, tables, packed, checkpoint=self.checkpointing)
+        none = LossTerm(velocity.new_zeros((), dtype=torch.float32), 0)
+        flow = flow_loss(velocity, [e.latents for e in batch.examples], [e.noise for e in batch.examples], layout)
+        route = route_loss(maps, batch.masks) if wants_route else none
+        return Losses(flow, route, holder_loss(maps) if wants_holder else none), maps
+
+
+class _Prompts:
+    """Prompt features: remembered where nothing trained is in them, computed in the graph where placeholders are."""
+
+    def __init__(self, encoder: PromptEncoder) -> None:
+        self._encoder = encoder
+        self._slots = placeholder_ids(encoder.t5_tokenizer)
+        self._remembered: OrderedDict[str, PromptEmbeds] = OrderedDict()
+
+    def features(self, prompts: list[str], embeddings: Embeddings) -> list[PromptEmbeds]:
+        distinct = list(dict.fromkeys(prompts))
+        bound = [prompt for prompt in distinct if any(token in prompt for token in ADDED_TOKENS)]
+        found = {prompt: self._remembered[prompt] for prompt in distinct if prompt in self._remembered}
+        fresh = [prompt for prompt in distinct if prompt not in found and prompt not in bound]
+        if fresh:
+            with torch.no_grad():
+                found |= dict(zip(fresh, self._encoder.features(fresh), strict=True))
+            self._remember({prompt: found[prompt] for prompt in fresh})
+        if bound:
+            rows = embeddings.placeholder_rows
+            found |= dict(zip(bound, self._encoder.features(bound, rows), strict=True))
+        return [found[prompt] for prompt in prompts]
+
+    def positions(self, prompts: list[str]) -> list[dict[int, tuple[int, ...]]]:
+        return [placeholder_positions(self._encoder.tokenize(prompt).t5, self._slots) for prompt in prompts]
+
+    def _remember(self, embeds: dict[str, PromptEmbeds]) -> None:
+        self._remembered |= embeds
+        while len(self._remembered) > _CACHED_PROMPTS:
+            self._remembered.popitem(last=False)

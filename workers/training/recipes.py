@@ -1,0 +1,198 @@
+"""A training run as data: which model, which records, and the stages one after the other.
+
+A recipe is a YAML file, validated here; nothing about a stage lives in code. Numbers of the shipped FLUX recipe are
+the paper's (DreamO §4.1) where it gives them; the others are marked in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SHIPPED = Path(__file__).parent / "recipes"
+"""Recipes that come with the project; `dreamserve train NAME` finds them by name."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class RecipeError(Exception):
+    """A recipe that cannot be read or does not make sense; the message names the field and the remedy."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelPart(_Part):
+    """Where training starts from.
+
+    Attributes:
+        base: directory or hub id; None takes the shipped model.
+        dreamo: train on top of these DreamO files, fused; None starts from the base alone, embeddings fresh.
+        version: which of the files' stacks.
+        dtype: of the frozen base; trained weights are float32.
+    """
+
+    base: str | None = None
+    dreamo: Path | None = None
+    version: Literal["v1.1", "v1", "main"] = "v1.1"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class LoraPart(_Part):
+    """The adapter.
+
+    Attributes:
+        targets: `released` are exactly the modules of the released files, with q, k and v sharing their down matrix;
+            `attention` adapts the same modules with a down matrix each; `all` every linear layer of the blocks.
+        rank: DreamO: 128. alpha equals rank, so the scale is 1.
+    """
+
+    targets: Literal["released", "attention", "all"] = "released"
+    rank: int = Field(default=128, ge=1)
+
+
+class OptimizerPart(_Part):
+    """AdamW with decoupled weight decay, or Prodigy, which finds its own step size (`lr` is then a factor, 1)."""
+
+    name: Literal["adamw", "prodigy"] = "adamw"
+    lr: Positive = 4e-5
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: int = Field(default=0, ge=0)
+    clip: Positive | None = 1.0
+
+
+class LossPart(_Part):
+    """Weights of the losses; 0 leaves one out. `route_ramp`: steps over which the routing loss grows to its weight."""
+
+    flow: float = Field(default=1.0, ge=0)
+    route: float = Field(default=1.0, ge=0)
+    holder: float = Field(default=1.0, ge=0)
+    route_ramp: int = Field(default=0, ge=0)
+
+
+class TimePart(_Part):
+    """The law of t; see `model.losses.TimestepLaw`, whose fields these are."""
+
+    kind: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0
+    std: Positive = 1.0
+    shift: float = 0.0
+    high_share: Share = 0.0
+
+
+class Stage(_Part):
+    """One stage: what is trained on what, and how long.
+
+    Attributes:
+        train: `adapter` (LoRA and embeddings, the base frozen) or `base` (every weight of the transformer).
+        mixture: task of the records → weight.
+        plain_text: share of prompts whose placeholders are taken out (DreamO: 0.5).
+        token_drop: share of each reference's tokens that are left out (DreamO's last stage: 0.95).
+        prompt_drop, reference_drop: share of samples without prompt, without references.
+        guidance: distilled guidance is drawn between the two (DreamFuse trains with 1).
+        ema: decay of the weights' moving average; None keeps none.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    train: Literal["adapter", "base"] = "adapter"
+    optimizer: OptimizerPart = OptimizerPart()
+    losses: LossPart = LossPart()
+    time: TimePart = TimePart()
+    mixture: Mapping[str, Positive]
+    plain_text: Share = 0.0
+    token_drop: Share = 0.0
+    prompt_drop: Share = 0.0
+    reference_drop: Share = 0.0
+    guidance: tuple[Positive, Positive] = (1.0, 1.0)
+    ema: Share | None = None
+
+
+class DataPart(_Part):
+    """Where records come from: StickerWorld with its settings, or a directory that `dataset check` accepts."""
+
+    source: Literal["stickerworld", "directory"] = "stickerworld"
+    path: Path | None = None
+    settings: Mapping[str, Any] = Field(default_factory=dict[str, Any])
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> DataPart:
+        if (self.source == "directory") != (self.path is not None):
+            raise ValueError("a directory source needs a path, StickerWorld takes none")
+        return self
+
+
+class Recipe(_Part):
+    """A whole run. `save_every`: steps between checkpoints."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    model: ModelPart = ModelPart()
+    data: DataPart = DataPart()
+    lora: LoraPart = LoraPart()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    save_every: int = Field(default=500, ge=1)
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct_stages(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError("stage names must differ")
+        return self
+
+    def with_overrides(self, *, base: str | None = None, data: Path | None = None) -> Recipe:
+        """The recipe on another base model or dataset."""
+        changed: dict[str, Any] = {}
+        if base is not None:
+            changed["model"] = self.model.model_copy(update={"base": base})
+        if data is not None:
+            changed["data"] = DataPart(source="directory", path=data)
+        return self.model_copy(update=changed)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def at(self, step: int) -> tuple[Stage, int]:
+        """The stage a step of the whole run lies in, and the step within it."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step
+            step -= stage.steps
+        raise IndexError("past the last stage")
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a recipe by the name of a shipped one, or by path.
+
+    Raises:
+        RecipeError: not found, not YAML, or a field that does not fit.
+    """
+    shipped = SHIPPED / f"{name_or_path}.yaml"
+    file = shipped if shipped.is_file() else Path(name_or_path)
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+        raise RecipeError(f"no recipe {name_or_path!r}: name a file, or one of {known}")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(str(part) for part in item['loc']) or 'recipe'}: {item['msg']}"
+            for item in error.errors(include_url=False, include_context=False)
+        ]
+        raise RecipeError(f"{file}: " + "; ".join(faults)) from error

@@ -1,0 +1,125 @@
+"""Records by number, for a recipe: StickerWorld's endless list, or a dataset shuffled anew in each epoch.
+
+The same number always gives the same record, so a run that is resumed sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from workers.training.buckets import bucketed
+from workers.training.datasets.faults import BadRowError, DatasetError
+from workers.training.datasets.formats import detect, open_training
+from workers.training.datasets.source import Source as Dataset
+from workers.training.recipes import DataPart, RecipeError
+from workers.training.records import Record
+from workers.training.stickerworld.settings import Settings
+from workers.training.stickerworld.tasks import TASKS
+from workers.training.stickerworld.world import sample
+
+
+@dataclass(frozen=True, slots=True)
+class StickerSource:
+    """StickerWorld with a recipe's settings; a stage's mixture replaces theirs."""
+
+    settings: Settings
+    seed: int
+
+    def record(self, index: int, mixture: Mapping[str, float]) -> Record:
+        return sample(self.seed, index, replace(self.settings, mixture=tuple(mixture.items())))
+
+    def tasks(self) -> tuple[str, ...]:
+        """What a mixture can name."""
+        return tuple(TASKS)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectorySource:
+    """A dataset: a task is drawn by the mixture, then the task's records in an order that differs by epoch.
+
+    Attributes:
+        resolution: side of the square whose area a target has, after bucketing. reference_resolution: of references.
+    """
+
+    dataset: Dataset[Record]
+    by_task: Mapping[str, tuple[int, ...]]
+    seed: int
+    cell: int
+    resolution: int
+    reference_resolution: int
+
+    def record(self, index: int, mixture: Mapping[str, float]) -> Record:
+        """The record at a place of the mixture's endless list.
+
+        Raises:
+            RecipeError: the row cannot be read.
+        """
+        names = list(mixture)
+        weights = np.array([mixture[name] for name in names])
+        random = np.random.default_rng([self.seed, index])
+        task = names[int(random.choice(len(names), p=weights / weights.sum()))]
+        members = self.by_task[task]
+        epoch, place = divmod(index, len(members))
+        order = np.random.default_rng([self.seed, epoch, len(members)]).permutation(len(members))
+        try:
+            record = self.dataset[members[int(order[place])]]
+        except BadRowError as error:
+            raise RecipeError(f"{error}: run `dreamserve dataset check` and mend what it finds") from error
+        return bucketed(record, self.resolution, self.reference_resolution, self.cell)
+
+    def tasks(self) -> tuple[str, ...]:
+        """What a mixture can name."""
+        return tuple(self.by_task)
+
+
+def open_source(
+    data: DataPart, seed: int, *, cell: int, resolution: int, reference_resolution: int
+) -> StickerSource | DirectorySource:
+    """The records of a recipe.
+
+    Args:
+        cell, resolution, reference_resolution: the model's, for records of any size.
+
+    Raises:
+        RecipeError: settings that do not exist, or a directory that is no dataset.
+    """
+    if data.path is None:
+        try:
+            return StickerSource(Settings(**data.settings), seed)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"data.settings: {error}") from error
+    unknown = data.settings.keys() - {"resolution", "reference_resolution"}
+    if unknown:
+        raise RecipeError(f"data.settings: a directory has no setting {sorted(unknown)[0]!r}")
+    try:
+        dataset = open_training(data.path, detect(data.path))
+        by_task: dict[str, list[int]] = defaultdict(list)
+        for index in range(len(dataset)):
+            by_task[dataset.task(index)].append(index)
+    except (DatasetError, BadRowError) as error:
+        raise RecipeError(f"{data.path}: {error}: run `dreamserve dataset check {data.path}`") from error
+    return DirectorySource(
+        dataset,
+        {task: tuple(indices) for task, indices in by_task.items()},
+        seed,
+        cell,
+        int(data.settings.get("resolution", resolution)),
+        int(data.settings.get("reference_resolution", reference_resolution)),
+    )
+
+
+def check_mixtures(source: StickerSource | DirectorySource, mixtures: Mapping[str, Mapping[str, float]]) -> None:
+    """Refuse a stage whose mixture names a task that there are no records of.
+
+    Raises:
+        RecipeError: naming the stage and what there is.
+    """
+    for stage, mixture in mixtures.items():
+        for task in mixture:
+            if task not in source.tasks():
+                known = ", ".join(source.tasks())
+                raise RecipeError(f"stage {stage}: there are no records of task {task!r}; there are {known}")

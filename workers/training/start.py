@@ -1,0 +1,61 @@
+"""From a recipe to a trainer that is ready to run: model, embeddings, records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from model.adapters import EMBEDDINGS
+from model.checkpoints import SHIPPED, LoadedModel, ModelSource, load_model, load_plain, resolve_base
+from model.spec import load_spec
+from workers.training.adapting import Embeddings, fresh_tables
+from workers.training.recipes import Recipe
+from workers.training.sources import DirectorySource, StickerSource, check_mixtures, open_source
+from workers.training.trainer import StepReport, Trainer
+
+
+def prepare(recipe: Recipe, directory: Path, report: Callable[[StepReport], None]) -> Trainer:
+    """Load what the recipe names.
+
+    Raises:
+        WeightsError: the base or its DreamO files.
+        RecipeError: the records.
+    """
+    source = records_of(recipe)
+    model = load_start(recipe)
+    table = model.text.t5.get_input_embeddings().weight
+    tables: dict[str, torch.Tensor] = dict(zip(EMBEDDINGS, (model.tables.type, model.tables.index, table), strict=True))
+    return Trainer(recipe, model, Embeddings(tables), source, directory, report)
+
+
+def records_of(recipe: Recipe) -> StickerSource | DirectorySource:
+    """The recipe's records, known to hold every task that a stage asks for.
+
+    Raises:
+        RecipeError: see `sources.open_source` and `sources.check_mixtures`.
+    """
+    spec = load_spec(recipe.model.base or str(SHIPPED))
+    source = open_source(
+        recipe.data,
+        recipe.seed,
+        cell=spec.cell,
+        resolution=int(spec.width.default),
+        reference_resolution=int(spec.reference_resolution.default),
+    )
+    check_mixtures(source, {stage.name: stage.mixture for stage in recipe.stages})
+    return source
+
+
+def load_start(recipe: Recipe) -> LoadedModel:
+    """The model that training starts from."""
+    part = recipe.model
+    base = part.base or str(SHIPPED)
+    source = ModelSource(base_model=base, dreamo=part.dreamo, version=part.version, dtype=part.dtype)
+    if part.dreamo is not None:
+        return load_model(source)
+    config = json.loads((resolve_base(base) / "transformer" / "config.json").read_bytes())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return load_plain(source, fresh_tables(width, config["joint_attention_dim"], seed=recipe.seed))
