@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE ?=
 
-.PHONY: help setup demo serve test check format golden bench gpu tiny lock clean
+.PHONY: help setup demo serve test check format golden evaluate bench gpu tiny lock clean
 help: ## show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -39,6 +39,9 @@ format: $(VENV)/dev.stamp ## format and fix what lint can fix
 
 golden: $(VENV)/dev.stamp ## compare with recordings of the released pipeline
 	$(BIN)/python -m tests.golden
+
+evaluate: $(VENV)/run.stamp ## how well the model customizes StickerWorld scenes, beside controls
+	$(BIN)/python -m workers.training.evaluate
 
 bench: $(VENV)/dev.stamp ## measure; rows go to tests/benchmarks/results
 	$(BIN)/python -m tests.benchmarks

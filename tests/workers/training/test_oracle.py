@@ -20,7 +20,7 @@ from workers.training.stickerworld.world import scene
 
 Pixels = NDArray[np.uint8]
 
-COUNT = 32
+COUNT = 24
 WORLDS = {
     "two subjects": Settings(mixture=(("multi_subject", 1.0),), max_subjects=2),
     "held out": Settings(mixture=(("multi_subject", 1.0),), split="held_out"),
@@ -47,7 +47,7 @@ def right(summary: Summary) -> dict[str, float]:
 
 def _floor(row: str) -> float:
     # A shape's pixels are found but for a few on its edge; a whole record falls with any sticker of it.
-    return {"shape IoU": 0.97, "all right, whole record": 0.96}.get(row, 0.98)
+    return {"shape IoU": 0.97, "all right, whole record": 0.95}.get(row, 0.98)
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -83,7 +83,7 @@ def test_other_pictures_score_by_chance(name: str) -> None:
 def test_what_looks_swapped_by_chance_is_half() -> None:
     """Where two stickers stand at the right places with unrelated looks, either order fits as well."""
     swapped: list[bool] = []
-    for truth, other in zip(*[(scene(22, index, WORLDS["two subjects"]) for index in range(240))] * 2, strict=True):
+    for truth, other in zip(*[(scene(22, index, WORLDS["two subjects"]) for index in range(180))] * 2, strict=True):
         parts = tuple(replace(mine, look=its.look) for mine, its in zip(truth.parts, other.parts, strict=True))
         swapped.append(bool(score(truth, repaint(truth, parts, None)).swapped))
     assert 0.35 < sum(swapped) / len(swapped) < 0.55

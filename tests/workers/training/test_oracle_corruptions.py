@@ -26,7 +26,7 @@ from workers.training.stickerworld.world import scene
 Parts = tuple[Part, ...]
 Pixels = np.ndarray
 
-COUNT = 24
+COUNT = 18
 TWO = Settings(mixture=(("multi_subject", 1.0),), max_subjects=2)
 
 

@@ -279,6 +279,7 @@ def test_try_on_gives_two_roles_in_either_order() -> None:
 def test_styles_are_carried_by_references_alone() -> None:
     """The target is the content picture in the reference's style; the trigger sentence comes first; no masks."""
     for truth in scenes(only("style_content"), 60):
+        assert truth.style in STYLES
         by_role = {reference.role: reference for reference in truth.references}
         assert (stylise(by_role[Role.CONTENT].pixels, truth.style) == truth.picture).all()
         assert by_role[Role.STYLE].pixels.shape == (48, 48, 3)

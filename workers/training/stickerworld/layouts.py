@@ -82,8 +82,10 @@ def _on_grid(size: int, side: int, place: int) -> int:
 
 
 def _free(draws: Draws, size: int, side: int, start: int, end: int) -> int:
-    """Where a box starts whose centre is drawn inside start … end and that lies in the picture."""
-    low, high = max(start - side // 2, 0), min(end - side // 2 - 1, size - side)
+    """Where a box starts whose centre is drawn well inside start … end and that lies in the picture."""
+    # A crescent's middle is not its box's: what is seen must lie in the cell as clearly as the box does.
+    inset = side // 8 + 1
+    low, high = max(start + inset - side // 2, 0), min(end - inset - side // 2, size - side)
     return draws.between(low, high) if low < high else min(max(low, 0), size - side)
 
 
