@@ -23,7 +23,7 @@ def make_optimizer(part: OptimizerPart, parameters: Sequence[nn.Parameter]) -> t
     try:
         prodigy: Any = importlib.import_module("prodigyopt").Prodigy
     except ImportError as error:
-        raise RecipeError("optimizer prodigy needs a package: pip install 'dreamserve[train]'") from error
+        raise RecipeError("optimizer prodigy needs a package: pip install '.[train]'") from error
     # DreamFuse's published settings.
     return prodigy(
         parameters,
