@@ -231,10 +231,13 @@ def load_text(base: Path, dtype: torch.dtype, max_tokens: int) -> PromptEncoder:
     tokenizer_file = base / "tokenizer_2" / "tokenizer.json"
     if not tokenizer_file.is_file():
         raise WeightsError("weights_missing", f"{tokenizer_file} is missing: T5's fast tokenizer is needed")
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.no_padding()  # a file may have been saved with either; both are ours to do
+    tokenizer.no_truncation()
     return PromptEncoder(
         CLIPTokenizer.from_pretrained(base / "tokenizer"),
         load_part(CLIPTextModel, base, "text_encoder", dtype),
-        Tokenizer.from_file(str(tokenizer_file)),
+        tokenizer,
         load_part(T5EncoderModel, base, "text_encoder_2", dtype),
         max_tokens,
     )

@@ -1,7 +1,11 @@
 """Prompts: DreamO's added tokens and what happens around them."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from model.checkpoints import ModelSource, load_text, resolve_base
 from model.errors import WeightsError
@@ -57,6 +61,20 @@ def test_rows_stand_in_for_the_added_tokens(encoder: PromptEncoder) -> None:
     features.square().sum().backward()
     assert own.grad is not None
     assert [row for row in range(10) if own.grad[row].abs().sum() > 0] == [1]
+
+
+def test_padding_and_truncation_of_the_file_do_not_count(recorded: ModelSource, tmp_path: Path) -> None:
+    """A tokenizer.json saved with padding and truncation switched on gives the same ids."""
+    base = Path(shutil.copytree(recorded.base_model, tmp_path / "base"))
+    file = base / "tokenizer_2" / "tokenizer.json"
+    file.chmod(0o644)
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_padding(length=64)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(file))
+    text = load_text(base, torch.float32, 512)
+    text.add_placeholders(torch.randn(10, 32))
+    assert list(text.tokenize("jungle, [ref#1]").t5) == TRANSFORMERS_4_45["jungle, [ref#1]"]
 
 
 def test_long_prompts_end_with_the_end_token(encoder: PromptEncoder) -> None:
