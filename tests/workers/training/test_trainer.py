@@ -183,6 +183,22 @@ def test_a_loss_that_is_not_finite_ends_with_a_checkpoint(tmp_path: Path) -> Non
     assert snapshot.step == 3
 
 
+def test_running_out_of_memory_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    """Torch's own error in the middle of a step: the weights before it are kept, and the message says what to do."""
+    run = trainer(tmp_path, recipe())
+
+    def exhausted(*_: object) -> None:
+        if run.step == 1:
+            raise torch.OutOfMemoryError
+
+    run.model.transformer.x_embedder.register_forward_pre_hook(exhausted)
+    with pytest.raises(TrainingError, match=r"step 2: the device ran out of memory; .* the batch"):
+        run.run()
+    snapshot = newest_snapshot(tmp_path / "checkpoints")
+    assert snapshot is not None
+    assert snapshot.step == 1
+
+
 def test_another_recipe_is_not_resumed(tmp_path: Path) -> None:
     """A changed recipe would give a run that is neither; a damaged checkpoint is named."""
     run = trainer(tmp_path, recipe(stages=[{**STAGE, "steps": 2}]))
