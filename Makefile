@@ -1,7 +1,6 @@
 # Every target sets up what it needs; a second run sets nothing up again.
 VENV := .venv
 BIN := $(VENV)/bin
-export PYTHONDONTWRITEBYTECODE ?=
 
 .PHONY: help setup demo serve test check format golden evaluate bench gpu tiny lock clean
 help: ## show the targets

@@ -28,6 +28,8 @@ _PASS_ON: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 }
 
+OPEN_TO_OTHERS = "there is no authentication yet: whoever reaches this address can use it; put your own in front"
+
 Url = Annotated[str, typer.Option(envvar="DREAMSERVE_URL", help="Where the service runs.")]
 
 
@@ -60,7 +62,7 @@ def serve(
 ) -> None:
     """Start everything: a private Redis unless DREAMSERVE_REDIS_URL is set, workers and the gateway."""
     from service.process_tree import TreeFailedError  # noqa: PLC0415 - keeps the other commands quick
-    from service.serving import Serving  # noqa: PLC0415 - as above
+    from service.serving import Serving, exposed  # noqa: PLC0415 - as above
     from service.serving import serve as run  # noqa: PLC0415 - as above
     from workers.redis_process import RedisUnavailableError  # noqa: PLC0415 - as above
 
@@ -72,6 +74,8 @@ def serve(
         state_dir=state_dir or settings.state_dir,
         redis_url=settings.redis_url,
     )
+    if exposed(serving.host):
+        _ERR.print(f"dreamserve: {OPEN_TO_OTHERS}", markup=False, highlight=False, soft_wrap=True)
     try:
         run(
             serving,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import socket
@@ -83,6 +84,14 @@ def run_gateway(application: FastAPI, host: str, port: int, fd: int | None) -> N
     )
     sockets = None if fd is None else [socket.socket(fileno=fd)]
     uvicorn.Server(config).run(sockets=sockets)
+
+
+def exposed(host: str) -> bool:
+    """Whether an address can be reached from other machines; a name other than localhost counts as if it can."""
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
 
 
 class _Store:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from service.cli import app
 from service.samples import TILE, contact_sheet, mug, star
+from service.serving import exposed
 from tests.service.conftest import picture
 
 SERVE = """
@@ -175,3 +176,21 @@ def test_serve_gives_up_on_a_worker_that_only_crashes(model_dir: Path, tmp_path:
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, env=_environment(model_dir), capture_output=True, text=True, timeout=60, check=False)
     assert "TreeFailedError: it ended too often" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "open_to_others"),
+    [
+        ("127.0.0.1", False),
+        ("127.8.0.1", False),
+        ("::1", False),
+        ("localhost", False),
+        ("0.0.0.0", True),
+        ("::", True),
+        ("192.168.0.5", True),
+        ("example.org", True),
+    ],
+)
+def test_an_open_address_is_known_as_one(host: str, open_to_others: bool) -> None:
+    """Serving beyond this machine without authentication is said aloud."""
+    assert exposed(host) == open_to_others
