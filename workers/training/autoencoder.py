@@ -41,7 +41,7 @@ class AutoencoderPlan:
     steps: int = 6000
     batch: int = 16
     crop: int = 48
-    lr: float = 2e-3
+    lr: float = 5e-4
     warmup: int = 100
     posterior: float = 1e-6
     decay: float = 0.998
