@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from pydantic import ValidationError
@@ -34,6 +34,9 @@ from workers.redis_process import find_redis
 from workers.runner import HotPipeline, JobRunner
 from workers.settings import WorkerSettings
 
+if TYPE_CHECKING:
+    from model.pipeline import Pipeline
+
 _LOG = structlog.stdlib.get_logger("workers.inference")
 _RUNNER: ContextVar[JobRunner] = ContextVar("runner")
 """The hot pipeline of this process; RQ calls functions, not objects."""
@@ -46,7 +49,7 @@ def customize(job_id: str) -> None:
     _RUNNER.get().run(job_id)
 
 
-def load_pipeline(settings: WorkerSettings) -> HotPipeline:
+def load_pipeline(settings: WorkerSettings) -> Pipeline:
     """The configured model.
 
     Raises:

@@ -19,10 +19,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from model.checkpoints import ModelSource
 from model.errors import ModelError
-from model.pipeline import ImageRequest, Pipeline, PreparedReference, load_pipeline
+from model.pipeline import ImageRequest, Pipeline, PreparedReference
 from model.preprocess import to_tensor_range
+from workers.inference import load_pipeline
 from workers.settings import WorkerSettings
 from workers.training.oracle.scores import score
 from workers.training.oracle.tables import Summary, summarise, table
@@ -47,7 +47,7 @@ def evaluate(
     """Print the table of a model on one task."""
     settings = Settings(mixture=((task, 1.0),), split="held_out" if held_out else "train", max_subjects=2)
     try:
-        pipeline = load_pipeline(_source(WorkerSettings()))
+        pipeline = load_pipeline(WorkerSettings())
         scenes = [scene(seed, index, settings) for index in range(count)]
     except (ModelError, ValueError) as error:
         print(f"dreamserve evaluate: {error}", file=sys.stderr)
@@ -127,18 +127,6 @@ def _request(pipeline: Pipeline, one: Scene, steps: int | None) -> ImageRequest:
         num_inference_steps=steps or int(spec.num_inference_steps.default),
         guidance=spec.guidance.default,
         first_step_guidance=spec.guidance.default,
-    )
-
-
-def _source(settings: WorkerSettings) -> ModelSource:
-    return ModelSource(
-        base_model=settings.base_model,
-        dreamo=settings.dreamo,
-        fused=settings.fused,
-        version=settings.version,
-        turbo=settings.turbo,
-        dtype=settings.dtype,
-        device=settings.device,
     )
 
 
