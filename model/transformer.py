@@ -119,11 +119,11 @@ def _run(
     probes = iter([probe if probe and layer in probe.layers else None for layer in range(num_blocks(model))])
     responses: list[Responses] = []
     for block in cast("Iterable[FluxTransformerBlock]", model.transformer_blocks):
-        text, image, seen = _call(checkpoint, observed_double_block, block, text, image, *shared, next(probes))
+        text, image, seen = _call(checkpoint, double_block, block, text, image, *shared, next(probes))
         responses.append(seen)
     joint = to_request_order(torch.cat([text, image]), layout)
     for block in cast("Iterable[FluxSingleTransformerBlock]", model.single_transformer_blocks):
-        joint, seen = _call(checkpoint, observed_single_block, block, joint, *shared, next(probes))
+        joint, seen = _call(checkpoint, single_block, block, joint, *shared, next(probes))
         responses.append(seen)
     return project(model, joint, embedded.time, layout), [seen for seen in responses if seen]
 
@@ -158,13 +158,6 @@ def embed(model: FluxTransformer2DModel, tables: EmbeddingTables, packed: Packed
 
 
 def double_block(
-    block: FluxTransformerBlock, text: Tensor, image: Tensor, time: Tensor, rotary: Rotary, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """One two-stream block: text [T, D] and image [I, D] attend jointly, each with its own weights."""
-    return observed_double_block(block, text, image, time, rotary, layout, None)[:2]
-
-
-def observed_double_block(
     block: FluxTransformerBlock,
     text: Tensor,
     image: Tensor,
@@ -173,7 +166,10 @@ def observed_double_block(
     layout: Layout,
     probe: Probe | None,
 ) -> tuple[Tensor, Tensor, Responses]:
-    """`double_block`, and what `probe` sees in its attention."""
+    """One two-stream block: text [T, D] and image [I, D] attend jointly, each with its own weights.
+
+    Also returns what `probe` sees in its attention.
+    """
     image_mod = _modulation(block.norm1.linear(time), layout.image_rows, 6)
     text_mod = _modulation(block.norm1_context.linear(time), layout.text_rows, 6)
     attended_text, attended_image, seen = _joint_attention(
@@ -192,16 +188,9 @@ def observed_double_block(
 
 
 def single_block(
-    block: FluxSingleTransformerBlock, joint: Tensor, time: Tensor, rotary: Rotary, layout: Layout
-) -> Tensor:
-    """One single-stream block over [S, D] in request order: attention and MLP in parallel."""
-    return observed_single_block(block, joint, time, rotary, layout, None)[0]
-
-
-def observed_single_block(
     block: FluxSingleTransformerBlock, joint: Tensor, time: Tensor, rotary: Rotary, layout: Layout, probe: Probe | None
 ) -> tuple[Tensor, Responses]:
-    """`single_block`, and what `probe` sees in its attention."""
+    """One single-stream block over [S, D] in request order: attention and MLP in parallel; and what `probe` sees."""
     shift, scale, gate = _modulation(block.norm.linear(time), layout.joint_rows, 3)
     normed = _modulated(block.norm.norm, joint, shift, scale)
     attn = block.attn

@@ -266,11 +266,11 @@ def _check_depth(pipeline: Pipeline, run: Denoising, wanted: Wanted) -> Iterator
     got["x_embedder.0"] = (embedded.image - tables.rows(layout))[None]
     text, image = embedded.text, embedded.image
     for number, block in enumerate(model.transformer_blocks):
-        text, image = double_block(block, text, image, embedded.time, rotary, layout)
+        text, image, _ = double_block(block, text, image, embedded.time, rotary, layout, None)
         got[f"double{number}.0"], got[f"double{number}.1"] = text[None], image[None]
     joint = to_request_order(torch.cat([text, image]), layout)
     for number, block in enumerate(model.single_transformer_blocks):
-        joint = single_block(block, joint, embedded.time, rotary, layout)
+        joint, _ = single_block(block, joint, embedded.time, rotary, layout, None)
         got[f"single{number}.0"] = joint[None]
     for key, value in got.items():
         yield from wanted.rows(f"deep.step0.{key}", value)
