@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
@@ -19,9 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model.errors import WeightsError
-
-Version = Literal["v1", "v1.1", "main"]
-"""A released stack, or `main`: the main file alone, as this project's training writes it."""
+from model.spec import Version
 
 
 @dataclass(frozen=True, slots=True)

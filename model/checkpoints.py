@@ -24,10 +24,10 @@ from tokenizers import Tokenizer
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from model.adapters import EMBEDDINGS, MAIN, Adapter, Version, fuse, read_adapter, stack
+from model.adapters import EMBEDDINGS, MAIN, Adapter, AdapterFile, fuse, read_adapter, stack
 from model.errors import WeightsError
 from model.schedule import ShiftRule, read_shift_rule
-from model.spec import ModelSpec, load_spec
+from model.spec import ModelSpec, Version, load_spec, own_version
 from model.text import PromptEncoder
 from model.transformer import EmbeddingTables
 from model.vae import LatentCodec
@@ -50,6 +50,7 @@ class ModelSource:
         base_model: a directory in diffusers layout, or a hub id.
         dreamo: directory of the released DreamO files; None takes `<base_model>/dreamo`.
         fused: directory written by `dreamserve fuse`; replaces the base's transformer and `dreamo`.
+        version: the stack of adapters; None takes the base's own.
         turbo: whether the Turbo adapter is in the stack (12 steps instead of 25 and more).
         dtype: `auto` is bfloat16 on CUDA, float32 elsewhere. device: `auto` prefers CUDA.
         cutout, faces: tools that prepare references; see `preprocess.load_tools`.
@@ -58,12 +59,16 @@ class ModelSource:
     base_model: str = str(SHIPPED)
     dreamo: Path | None = None
     fused: Path | None = None
-    version: Version = "v1.1"
+    version: Version | None = None
     turbo: bool = True
     dtype: str = "auto"
     device: str = "auto"
     cutout: str = "auto"
     faces: str = "auto"
+
+    def stack(self) -> tuple[AdapterFile, ...]:
+        """The adapter files, in fusing order."""
+        return stack(self.version or own_version(self.base_model), turbo=self.turbo)
 
     def torch_device(self) -> torch.device:
         """The device to run on.
@@ -192,7 +197,7 @@ def load_transformer(source: ModelSource) -> FusedTransformer:
             "weights_missing",
             f"no DreamO files at {directory}: set DREAMSERVE_DREAMO to the directory that holds {MAIN}",
         )
-    adapters = [(read_adapter(directory / f.path), f.weight) for f in stack(source.version, turbo=source.turbo)]
+    adapters = [(read_adapter(directory / f.path), f.weight) for f in source.stack()]
     transformer = load_part(FluxTransformer2DModel, base, "transformer", dtype)
     embeddings = _check_embeddings(adapters[0][0].source, dict(adapters[0][0].embeddings), transformer)
     for adapter, _ in adapters:
@@ -214,10 +219,10 @@ def write_fused(source: ModelSource, out: Path) -> None:
     fused.transformer.save_pretrained(out / "transformer", safe_serialization=True)
     recipe = {
         "base_model": source.base_model,
-        "version": source.version,
+        "version": source.version or own_version(source.base_model),
         "turbo": source.turbo,
         "dtype": str(source.torch_dtype()).removeprefix("torch."),
-        "stack": [[f.name, f.path, f.weight] for f in stack(source.version, turbo=source.turbo)],
+        "stack": [[f.name, f.path, f.weight] for f in source.stack()],
     }
     save_file(
         {key: tensor.contiguous() for key, tensor in fused.embeddings.items()},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,19 @@ def write_model(out: Path, shape: Shape, *, seed: int = 0, dtype: torch.dtype = 
     """Write the base model and, in `out/dreamo`, every file of both released stacks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _save(_transformer(shape), out / "transformer", dtype)
+        _save(_opened(make_transformer(shape)), out / "transformer", dtype)
         _save(_vae(shape), out / "vae", dtype)
         write_tokenizers(out)
         clip_size = len(json.loads((out / "tokenizer" / "vocab.json").read_text()))
-        _save(_clip(shape, clip_size), out / "text_encoder", dtype)
+        _save(make_clip(shape, clip_size), out / "text_encoder", dtype)
         t5_size = Tokenizer.from_file(str(out / "tokenizer_2" / "tokenizer.json")).get_vocab_size()
-        _save(_t5(shape, t5_size), out / "text_encoder_2", dtype)
+        _save(make_t5(shape, t5_size), out / "text_encoder_2", dtype)
         write_dreamo(out / "dreamo", shape, dtype)
+    write_index(out)
+
+
+def write_index(out: Path) -> None:
+    """Write what diffusers needs beside the networks: the scheduler and the list of parts."""
     _write_json(out / "scheduler" / "scheduler_config.json", _SCHEDULER)
     _write_json(out / "model_index.json", _INDEX)
 
@@ -151,10 +156,9 @@ def _peft_pairs(shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"transformer.{module}.lora_B.weight", up
 
 
-@torch.no_grad()
-def _transformer(shape: Shape) -> FluxTransformer2DModel:
-    """A random transformer whose gates are open, so that text and references show in the picture."""
-    model = FluxTransformer2DModel(
+def make_transformer(shape: Shape) -> FluxTransformer2DModel:
+    """A transformer of random weights."""
+    return FluxTransformer2DModel(
         in_channels=64,
         num_layers=shape.double_blocks,
         num_single_layers=shape.single_blocks,
@@ -165,6 +169,11 @@ def _transformer(shape: Shape) -> FluxTransformer2DModel:
         guidance_embeds=True,
         axes_dims_rope=shape.axes,
     )
+
+
+@torch.no_grad()
+def _opened(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """With its gates open, so that text and references show in the picture of a model that has learned nothing."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and ".attn." in name:
             parameter.mul_(3)
@@ -202,7 +211,8 @@ def _vae(shape: Shape) -> AutoencoderKL:
     return vae
 
 
-def _clip(shape: Shape, vocabulary: int) -> CLIPTextModel:
+def make_clip(shape: Shape, vocabulary: int) -> CLIPTextModel:
+    """A text encoder of random weights; `vocabulary` tokens, the last two start and end."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary,
@@ -218,7 +228,8 @@ def _clip(shape: Shape, vocabulary: int) -> CLIPTextModel:
     )
 
 
-def _t5(shape: Shape, vocabulary: int) -> T5EncoderModel:
+def make_t5(shape: Shape, vocabulary: int) -> T5EncoderModel:
+    """A text encoder of random weights for `vocabulary` tokens, with spare rows after them."""
     return T5EncoderModel(
         T5Config(
             vocab_size=vocabulary + 28,  # spare rows, as the released T5 has
@@ -234,10 +245,10 @@ def _t5(shape: Shape, vocabulary: int) -> T5EncoderModel:
     )
 
 
-def write_tokenizers(out: Path) -> None:
-    """A unigram tokenizer in T5's form and a byte-level BPE in CLIP's, both made from a short word list."""
+def write_tokenizers(out: Path, more: Iterable[str] = ()) -> None:
+    """A unigram tokenizer in T5's form and a byte-level BPE in CLIP's, both made from a short word list and `more`."""
     letters = [chr(code) for code in range(33, 127)]
-    words: list[str] = sorted(set(WORDS.split()))
+    words = sorted({*WORDS.split(), *(word for word in more if word.isalpha() or "-" in word)})
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
     vocabulary += [(f"▁{word}", -6.0) for word in words]
     vocabulary += [(letter, -9.0) for letter in letters]

@@ -39,9 +39,11 @@ def fuse(
         typer.Option(envvar="DREAMSERVE_DREAMO", help="Released DreamO files; default BASE/dreamo."),
     ] = None,
     version: Annotated[
-        DreamoVersion,
-        typer.Option(envvar="DREAMSERVE_VERSION", help="Released stack; main: dreamo.safetensors alone."),
-    ] = DreamoVersion.V1_1,
+        DreamoVersion | None,
+        typer.Option(
+            envvar="DREAMSERVE_VERSION", help="Released stack; main: dreamo.safetensors alone. Default: the base's own."
+        ),
+    ] = None,
     turbo: Annotated[
         bool, typer.Option(envvar="DREAMSERVE_TURBO", help="Include the Turbo adapter (12 steps).")
     ] = True,
@@ -55,7 +57,7 @@ def fuse(
     source = ModelSource(
         base_model=base,
         dreamo=dreamo,
-        version=version.value,
+        version=None if version is None else version.value,
         turbo=turbo,
         dtype=dtype.value,
         device="cpu",

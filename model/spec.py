@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -17,8 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 from model.errors import WeightsError
 from model.roles import PLACEHOLDERS, Role
 
+Version = Literal["v1", "v1.1", "main"]
+"""A released stack, or `main`: the main file alone, as this project's training writes it."""
+
 SPEC_FILE = "dreamserve.json"
-"""Optional file at the top of a model directory; its `spec` object overrides the values derived from FLUX."""
+"""Optional file at the top of a model directory: its `spec` object overrides the values derived from FLUX, its
+`version` names the stack of the adapters that come with the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +96,25 @@ def flux_spec(name: str, cell: int, *, version: str, turbo: bool) -> ModelSpec:
     )
 
 
-def load_spec(base_model: str, *, version: str = "v1.1", turbo: bool = True) -> ModelSpec:
+def own_version(base_model: str) -> Version:
+    """The adapter stack that a base comes with by its `dreamserve.json`; v1.1, the newest released one, without.
+
+    Raises:
+        WeightsError: `weights_format` when it names none that there is.
+    """
+    named = (_read_json(base_model, SPEC_FILE) or {}).get("version", "v1.1")
+    if named not in get_args(Version):
+        raise WeightsError(
+            "weights_format", f"{base_model}/{SPEC_FILE}: no version {named!r}; there are v1.1, v1, main"
+        )
+    return cast("Version", named)
+
+
+def load_spec(base_model: str, *, version: Version | None = None, turbo: bool = True) -> ModelSpec:
     """Read the spec of a directory in diffusers layout, or of a hub id.
+
+    Args:
+        version: None takes the base's own.
 
     Raises:
         WeightsError: `model_not_found` when there is no such directory or repository; `weights_format` when its
@@ -110,7 +131,7 @@ def load_spec(base_model: str, *, version: str = "v1.1", turbo: bool = True) -> 
         raise WeightsError("weights_format", f"{base_model}/vae/config.json is not an AutoencoderKL's")
     cell = 2 * 2 ** (len(vae["block_out_channels"]) - 1)
     name = "dreamo-" + Path(base_model).name.lower()
-    spec = flux_spec(name, cell, version=version, turbo=turbo)
+    spec = flux_spec(name, cell, version=version or own_version(base_model), turbo=turbo)
     overrides = (_read_json(base_model, SPEC_FILE) or {}).get("spec", {})
     if not overrides:
         return spec

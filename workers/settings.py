@@ -24,7 +24,7 @@ class QueueSettings(BaseSettings):
         redis_url: `redis://`, `rediss://` or `unix://`; None means the server that `redis_process` starts.
         state_dir: artifacts and, without an external Redis, its data.
         base_model: directory in diffusers layout, or a hub id.
-        version: which released stack; `main` is the main file alone, as training writes it.
+        version: which released stack; `main` is the main file alone, as training writes it. None: the base's own.
         turbo: whether the Turbo adapter is in the stack.
         job_ttl_s: how long a record stays after its job has ended.
         lease_s: a worker that is silent for so long has lost its job.
@@ -35,7 +35,7 @@ class QueueSettings(BaseSettings):
     redis_url: str | None = None
     state_dir: Path = Path(".state")
     base_model: str = SHIPPED_MODEL
-    version: Literal["v1.1", "v1", "main"] = "v1.1"
+    version: Literal["v1.1", "v1", "main"] | None = None
     turbo: bool = True
     job_ttl_s: int = Field(default=86_400, ge=1)
     lease_s: float = Field(default=10.0, gt=0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from safetensors.torch import save_file
 
 from model.adapters import MAIN, LowRank
@@ -99,6 +100,18 @@ def write_adapter(
     card = {**facts, "sha256": digest, "files": [MAIN, PEFT]}
     (directory / CARD).write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
     return Exported(directory, digest)
+
+
+def write_transformer(directory: Path, transformer: FluxTransformer2DModel) -> None:
+    """Write a trained base in diffusers layout, bfloat16, without the adapter that is on it."""
+    state = {
+        name.replace(".base_layer.", "."): tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in transformer.state_dict().items()
+        if ".lora_" not in name
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    transformer.save_config(directory)
+    save_file(state, directory / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def _pair(name: str, change: LowRank) -> dict[str, torch.Tensor]:

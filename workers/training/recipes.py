@@ -36,12 +36,15 @@ class ModelPart(_Part):
         dreamo: train on top of these DreamO files, fused; None starts from the base alone, embeddings fresh.
         version: which of the files' stacks.
         dtype: of the frozen base; trained weights are float32.
+        placeholders: how the added tokens' T5 rows start: `fresh`, or `spare`: as the rows that the base's T5 has after
+            its vocabulary, where text encoders trained with the placeholders keep them.
     """
 
     base: str | None = None
     dreamo: Path | None = None
     version: Literal["v1.1", "v1", "main"] = "v1.1"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    placeholders: Literal["fresh", "spare"] = "fresh"
 
 
 class LoraPart(_Part):
@@ -58,13 +61,18 @@ class LoraPart(_Part):
 
 
 class OptimizerPart(_Part):
-    """AdamW with decoupled weight decay, or Prodigy, which finds its own step size (`lr` is then a factor, 1)."""
+    """AdamW with decoupled weight decay, or Prodigy, which finds its own step size (`lr` is then a factor, 1).
+
+    Attributes:
+        warmup, cooldown: steps over which the rate grows to `lr` at a stage's start and falls to nothing at its end.
+    """
 
     name: Literal["adamw", "prodigy"] = "adamw"
     lr: Positive = 4e-5
     betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup: int = Field(default=0, ge=0)
+    cooldown: int = Field(default=0, ge=0)
     clip: Positive | None = 1.0
 
 
@@ -98,6 +106,7 @@ class Stage(_Part):
         prompt_drop, reference_drop: share of samples without prompt, without references.
         guidance: distilled guidance is drawn between the two (DreamFuse trains with 1).
         ema: decay of the weights' moving average; None keeps none.
+        settings: of StickerWorld, where this stage differs from `data.settings`.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
@@ -114,6 +123,13 @@ class Stage(_Part):
     reference_drop: Share = 0.0
     guidance: tuple[Positive, Positive] = (1.0, 1.0)
     ema: Share | None = None
+    settings: Mapping[str, Any] = Field(default_factory=dict[str, Any])
+
+    def rate(self, within: int) -> float:
+        """The learning rate of a step of this stage."""
+        warm = (within + 1) / max(1, self.optimizer.warmup)
+        cool = (self.steps - within) / max(1, self.optimizer.cooldown)
+        return self.optimizer.lr * min(1.0, warm, cool)
 
 
 class DataPart(_Part):
@@ -148,6 +164,8 @@ class Recipe(_Part):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError("stage names must differ")
+        if self.data.source == "directory" and any(stage.settings for stage in self.stages):
+            raise ValueError("a stage can change StickerWorld's settings alone, and the records come from a directory")
         return self
 
     def with_overrides(self, *, base: str | None = None, data: Path | None = None) -> Recipe:

@@ -6,7 +6,7 @@ The same number always gives the same record, so a run that is resumed sees what
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from workers.training.buckets import bucketed
 from workers.training.datasets.faults import BadRowError, DatasetError
 from workers.training.datasets.formats import detect, open_training
 from workers.training.datasets.source import Source as Dataset
-from workers.training.recipes import DataPart, RecipeError
+from workers.training.recipes import DataPart, RecipeError, Stage
 from workers.training.records import Record
 from workers.training.stickerworld.settings import Settings
 from workers.training.stickerworld.tasks import TASKS
@@ -24,13 +24,14 @@ from workers.training.stickerworld.world import sample
 
 @dataclass(frozen=True, slots=True)
 class StickerSource:
-    """StickerWorld with a recipe's settings; a stage's mixture replaces theirs."""
+    """StickerWorld with a recipe's settings; a stage's mixture and settings replace theirs."""
 
     settings: Settings
     seed: int
 
-    def record(self, index: int, mixture: Mapping[str, float]) -> Record:
-        return sample(self.seed, index, replace(self.settings, mixture=tuple(mixture.items())))
+    def record(self, index: int, stage: Stage) -> Record:
+        settings = replace(self.settings, mixture=tuple(stage.mixture.items()), **stage.settings)
+        return sample(self.seed, index, settings)
 
     def tasks(self) -> tuple[str, ...]:
         """What a mixture can name."""
@@ -52,14 +53,14 @@ class DirectorySource:
     resolution: int
     reference_resolution: int
 
-    def record(self, index: int, mixture: Mapping[str, float]) -> Record:
+    def record(self, index: int, stage: Stage) -> Record:
         """The record at a place of the mixture's endless list.
 
         Raises:
             RecipeError: the row cannot be read.
         """
-        names = list(mixture)
-        weights = np.array([mixture[name] for name in names])
+        names = list(stage.mixture)
+        weights = np.array(list(stage.mixture.values()))
         random = np.random.default_rng([self.seed, index])
         task = names[int(random.choice(len(names), p=weights / weights.sum()))]
         members = self.by_task[task]
@@ -112,14 +113,19 @@ def open_source(
     )
 
 
-def check_mixtures(source: StickerSource | DirectorySource, mixtures: Mapping[str, Mapping[str, float]]) -> None:
-    """Refuse a stage whose mixture names a task that there are no records of.
+def check_stages(source: StickerSource | DirectorySource, stages: Iterable[Stage]) -> None:
+    """Refuse a stage that asks for records of a task there are none of, or changes a setting that does not exist.
 
     Raises:
         RecipeError: naming the stage and what there is.
     """
-    for stage, mixture in mixtures.items():
-        for task in mixture:
+    for stage in stages:
+        for task in stage.mixture:
             if task not in source.tasks():
                 known = ", ".join(source.tasks())
-                raise RecipeError(f"stage {stage}: there are no records of task {task!r}; there are {known}")
+                raise RecipeError(f"stage {stage.name}: there are no records of task {task!r}; there are {known}")
+        if isinstance(source, StickerSource):
+            try:
+                replace(source.settings, **stage.settings)
+            except (TypeError, ValueError) as error:
+                raise RecipeError(f"stage {stage.name}: settings: {error}") from error

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from model.adapters import EMBEDDINGS
-from model.checkpoints import SHIPPED, LoadedModel, ModelSource, load_model, load_plain, resolve_base
+from model.checkpoints import SHIPPED, LoadedModel, ModelSource, load_model, load_plain, load_text, resolve_base
+from model.roles import ADDED_TOKENS
 from model.spec import load_spec
 from workers.training.adapting import Embeddings, fresh_tables
-from workers.training.recipes import Recipe
-from workers.training.sources import DirectorySource, StickerSource, check_mixtures, open_source
+from workers.training.recipes import Recipe, RecipeError
+from workers.training.sources import DirectorySource, StickerSource, check_stages, open_source
 from workers.training.trainer import StepReport, Trainer
 
 
@@ -35,7 +36,7 @@ def records_of(recipe: Recipe) -> StickerSource | DirectorySource:
     """The recipe's records, known to hold every task that a stage asks for.
 
     Raises:
-        RecipeError: see `sources.open_source` and `sources.check_mixtures`.
+        RecipeError: see `sources.open_source` and `sources.check_stages`.
     """
     spec = load_spec(recipe.model.base or str(SHIPPED))
     source = open_source(
@@ -45,7 +46,7 @@ def records_of(recipe: Recipe) -> StickerSource | DirectorySource:
         resolution=int(spec.width.default),
         reference_resolution=int(spec.reference_resolution.default),
     )
-    check_mixtures(source, {stage.name: stage.mixture for stage in recipe.stages})
+    check_stages(source, recipe.stages)
     return source
 
 
@@ -58,4 +59,22 @@ def load_start(recipe: Recipe) -> LoadedModel:
         return load_model(source)
     config = json.loads((resolve_base(base) / "transformer" / "config.json").read_bytes())
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    return load_plain(source, fresh_tables(width, config["joint_attention_dim"], seed=recipe.seed))
+    tables = fresh_tables(width, config["joint_attention_dim"], seed=recipe.seed)
+    if part.placeholders == "spare":
+        tables["dreamo_t5_embedding"] = spare_rows(resolve_base(base))
+    return load_plain(source, tables)
+
+
+def spare_rows(base: Path) -> torch.Tensor:
+    """[10, Ct]: the rows that a base's T5 has right after its vocabulary.
+
+    Raises:
+        WeightsError: the encoder cannot be read.
+        RecipeError: it has too few.
+    """
+    encoder = load_text(base, torch.float32, 1)
+    first = encoder.t5_tokenizer.get_vocab_size()
+    rows = encoder.t5.get_input_embeddings().weight[first : first + len(ADDED_TOKENS)].detach().clone()
+    if len(rows) < len(ADDED_TOKENS):
+        raise RecipeError(f"model.placeholders: the T5 of {base} has {len(rows)} spare rows: use `fresh`")
+    return rows

@@ -22,7 +22,7 @@ from model.checkpoints import LoadedModel
 from model.losses import LossCounts, Losses, LossWeights
 from workers.training.adapting import add_adapter, changes
 from workers.training.batches import compose
-from workers.training.export import Exported, write_adapter
+from workers.training.export import Exported, write_adapter, write_transformer
 from workers.training.objective import Objective
 from workers.training.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from workers.training.recipes import LossPart, Recipe, Stage
@@ -33,7 +33,7 @@ from workers.training.snapshots import Snapshot, newest_snapshot, write_snapshot
 class Source(Protocol):
     """Where records come from; the same index always gives the same record."""
 
-    def record(self, index: int, mixture: Mapping[str, float]) -> Record: ...
+    def record(self, index: int, stage: Stage) -> Record: ...
 
 
 class TrainingError(Exception):
@@ -67,7 +67,7 @@ class Trainer:
 
     Args:
         model: the base and its encoders; its transformer is adapted in place.
-        directory: checkpoints go to `checkpoints/`, results to `adapter/`.
+        directory: checkpoints go to `checkpoints/`, results to `adapter/` and, trained, `transformer/`.
         report: called after each step, in the main process.
     """
 
@@ -157,7 +157,9 @@ class Trainer:
         write_snapshot(self.directory / "checkpoints", snapshot)
 
     def export(self) -> Exported:
-        """Write the adapter in both formats."""
+        """Write the adapter in both formats, and the base's transformer where a stage has trained it."""
+        if any(stage.train == "base" for stage in self.recipe.stages):
+            write_transformer(self.directory / "transformer", self.model.transformer)
         return write_adapter(
             self.directory / "adapter",
             changes(self.model.transformer),
@@ -168,7 +170,7 @@ class Trainer:
     def _one(self, stage: Stage, within: int) -> None:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         first = (self._now.step * processes + process) * stage.batch
-        records = [self.source.record(first + number, stage.mixture) for number in range(stage.batch)]
+        records = [self.source.record(first + number, stage) for number in range(stage.batch)]
         batch = compose(records, stage, self.model.codec, self._generator(f"{self._now.step}.{process}"))
         parts = _ramped(stage.losses, within)
         try:
@@ -183,7 +185,7 @@ class Trainer:
         if stage.optimizer.clip is not None:
             self.accelerator.clip_grad_norm_(self._learning().values(), stage.optimizer.clip)
         for group in optimizer.param_groups:
-            group["lr"] = stage.optimizer.lr * min(1.0, (within + 1) / max(1, stage.optimizer.warmup))
+            group["lr"] = stage.rate(within)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._average(stage)

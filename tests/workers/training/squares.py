@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from model.roles import Role
+from workers.training.recipes import Stage
 from workers.training.records import Record, RecordReference
 
 
 class Squares:
     """Two references of one colour each; the target shows them where the prompt says."""
 
-    def record(self, index: int, mixture: Mapping[str, float]) -> Record:
+    def record(self, index: int, stage: Stage) -> Record:
         random = np.random.default_rng([7, index])
         target = np.full((32, 48, 3), 255, np.uint8)
         references: list[RecordReference] = []
@@ -26,4 +25,4 @@ class Squares:
             references.append(RecordReference(slot, Role.SUBJECT, np.full((16, 16, 3), colour, np.uint8), mask))
         names = ["left", "right"]
         prompt = " and ".join(f"a square [ref#{r.slot}] on the {names[r.slot - 1]}" for r in references)
-        return Record(f"{index}", next(iter(mixture)), prompt, tuple(references), target)
+        return Record(f"{index}", next(iter(stage.mixture)), prompt, tuple(references), target)

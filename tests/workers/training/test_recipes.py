@@ -106,12 +106,12 @@ def test_a_directory_is_shuffled_anew_each_epoch(tmp_path: Path) -> None:
         | {"stages": [{"name": "a", "steps": 1, "batch": 1, "mixture": mixture}]}
     )
     source = records_of(plan)
-    epochs = [[source.record(5 * epoch + place, mixture) for place in range(5)] for epoch in range(3)]
+    epochs = [[source.record(5 * epoch + place, plan.stages[0]) for place in range(5)] for epoch in range(3)]
     orders = [[record.key for record in epoch] for epoch in epochs]
     assert all(len(set(order)) == 5 for order in orders)
     assert len({tuple(order) for order in orders}) > 1
     assert all(record.target.shape[0] % 8 == 0 == record.target.shape[1] % 8 for record in epochs[0])
-    assert source.record(7, mixture).key == epochs[1][2].key
+    assert source.record(7, plan.stages[0]).key == epochs[1][2].key
 
 
 @given(st.integers(8, 3000), st.integers(8, 3000))

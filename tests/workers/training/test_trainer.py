@@ -16,7 +16,7 @@ from model.preprocess import load_tools
 from model.roles import Role
 from tests.workers.training.squares import Squares
 from workers.training.adapting import Embeddings
-from workers.training.recipes import Recipe
+from workers.training.recipes import Recipe, Stage
 from workers.training.records import Record
 from workers.training.snapshots import SnapshotError, newest_snapshot
 from workers.training.trainer import StepReport, Trainer, TrainingError
@@ -169,8 +169,8 @@ def test_a_loss_that_is_not_finite_ends_with_a_checkpoint(tmp_path: Path) -> Non
     """The message names step and remedy, and the checkpoint holds the weights before the step."""
 
     class Poisoned(Squares):
-        def record(self, index: int, mixture: Mapping[str, float]) -> Record:
-            record = super().record(index, mixture)
+        def record(self, index: int, stage: Stage) -> Record:
+            record = super().record(index, stage)
             if index >= 9:  # the fourth step
                 run.objective.embeddings.type_rows.data[0] = torch.nan
             return record

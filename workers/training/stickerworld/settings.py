@@ -41,6 +41,7 @@ class Settings:
         shape_words: share of subject prompts that name the shape, which otherwise only the reference carries.
         unnamed: share of text-to-image records that leave the stickers' looks open; nothing but their place can be
             judged then.
+        loose: share of the records that are placed freely and name their sizes, whatever `placement` and `sizes` say.
     """
 
     size: int = 72
@@ -55,6 +56,7 @@ class Settings:
     same_shape: float = 0.3
     shape_words: float = 0.0
     unnamed: float = 0.0
+    loose: float = 0.0
 
     def __post_init__(self) -> None:
         if self.reference_size < 12 or 3 * self.reference_size > self.size:
@@ -63,7 +65,7 @@ class Settings:
             raise ValueError(f"style_size {self.style_size} must be 36 to size {self.size}")
         if self.max_subjects not in (2, 3):
             raise ValueError("max_subjects must be 2 or 3")
-        for name in ("plain", "same_shape", "shape_words", "unnamed"):
+        for name in ("plain", "same_shape", "shape_words", "unnamed", "loose"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1]")
         if not self.mixture or any(not weight >= 0 for _, weight in self.mixture):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from workers.training.records import Record
 from workers.training.stickerworld.drafts import Carried, Draft
 from workers.training.stickerworld.draws import Draws
@@ -24,6 +26,8 @@ def sample(seed: int, index: int, settings: Settings) -> Record:
 def scene(seed: int, index: int, settings: Settings) -> Scene:
     """The same record with its truth; errors as `sample`'s."""
     draws = Draws(seed, index)
+    if settings.loose and draws.chance(settings.loose):
+        settings = replace(settings, placement="free", sizes="named")
     task = draws.weighted(settings.mixture)
     if task not in TASKS:
         raise ValueError(f"StickerWorld has no task {task!r}; it has {', '.join(TASKS)}")
