@@ -49,8 +49,8 @@ gpu: ## on a machine with CUDA and torch: GPU tests, then benchmarks (PYTHON nam
 	$(or $(PYTHON),$(BIN)/python) -m pytest -m gpu tests
 	$(or $(PYTHON),$(BIN)/python) -m tests.benchmarks --device cuda
 
-tiny: $(VENV)/dev.stamp ## make the shipped model anew
-	$(BIN)/python -m model.fabricate model/tiny
+tiny: $(VENV)/dev.stamp ## train the shipped model from nothing (hours; can be stopped and repeated)
+	$(BIN)/python -m workers.training.small_model model/tiny
 
 COMPILE := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--generate-hashes --no-emit-package torch --no-emit-find-links --no-annotate --no-header

@@ -1,8 +1,8 @@
 """Makes a FLUX-shaped model of any size with random weights, in the real formats: `python -m model.fabricate OUT`.
 
 The directory has diffusers' layout (transformer, vae, both text encoders and tokenizers, scheduler) and, in `dreamo/`,
-files named and keyed as the released DreamO ones. The shipped `model/tiny` is `TINY` with seed 0; tests fabricate
-others. Weights are random, so pictures are abstract: what they prove is the path, not the quality.
+files named and keyed as the released DreamO ones. Tests load such models. Weights are random, so pictures are abstract:
+what they prove is the path, not the quality.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def write_model(out: Path, shape: Shape, *, seed: int = 0, dtype: torch.dtype = 
     """Write the base model and, in `out/dreamo`, every file of both released stacks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _save(_opened(make_transformer(shape)), out / "transformer", dtype)
+        _save(open_gates(make_transformer(shape)), out / "transformer", dtype)
         _save(_vae(shape), out / "vae", dtype)
         write_tokenizers(out)
         clip_size = len(json.loads((out / "tokenizer" / "vocab.json").read_text()))
@@ -172,8 +172,8 @@ def make_transformer(shape: Shape) -> FluxTransformer2DModel:
 
 
 @torch.no_grad()
-def _opened(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """With its gates open, so that text and references show in the picture of a model that has learned nothing."""
+def open_gates(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """The model with its gates open, so that text and references show in pictures though it has learned nothing."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and ".attn." in name:
             parameter.mul_(3)

@@ -15,7 +15,7 @@ from service.samples import contact_sheet, sample
 from service.submit import Finished, SubmitError, customize, data_url, model_about
 from workers.lifeline import die_with_parent
 
-PROMPT = "the star from [ref#1] and the mug from [ref#2] on a wooden table"
+PROMPT = "the star [ref#1] at the top left and the ring [ref#2] at the bottom right on grass"
 SEED = 7
 READY_S = 300.0
 STOP_S = 40.0
@@ -27,7 +27,7 @@ def run_demo(out: Path, report: Callable[[str], None]) -> Finished:
     Raises:
         SubmitError: the service did not start, or refused or failed the job.
     """
-    references = {"star": sample("star"), "mug": sample("mug")}
+    references = {"star": sample("star"), "ring": sample("ring")}
     body = {
         "prompt": PROMPT,
         "references": [{"role": "subject", "image": data_url(data, name)} for name, data in references.items()],

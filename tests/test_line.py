@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.samples import mug, star
+from service.samples import ring, star
 from service.submit import SubmitError, customize, data_url
 
-TWO = "the star from [ref#1] and the mug from [ref#2]"
+TWO = "the star from [ref#1] and the ring from [ref#2]"
 
 
 def entry(data: bytes, role: str = "subject", **more: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 def test_the_same_request_gives_the_same_bytes(address: str) -> None:
     """Everything random follows from the seed, also with other jobs in between."""
-    references = [entry(star()), entry(mug())]
+    references = [entry(star()), entry(ring())]
     first = picture(address, references, TWO)
     assert picture(address, references, TWO, seed=8) != first
     assert picture(address, references, TWO) == first
@@ -42,7 +42,7 @@ def test_the_same_request_gives_the_same_bytes(address: str) -> None:
 
 def test_references_and_their_slots_matter(address: str) -> None:
     """Swapping references, leaving a slot empty and leaving a reference out each change the picture."""
-    a, b = entry(star()), entry(mug())
+    a, b = entry(star()), entry(ring())
     made = [
         picture(address, references)
         for references in ([a, b], [b, a], [a, None, b], [None, a, b], [a], [a, b, entry(star(64))], [])
@@ -99,7 +99,7 @@ def test_true_cfg_changes_the_picture(address: str) -> None:
 def test_no_face_names_the_reference(address: str) -> None:
     """The job fails with a code and the remedy, unless the caller allows a subject instead."""
     with pytest.raises(SubmitError, match=r"No face was found in references\[1\]"):
-        picture(address, [entry(mug()), entry(star(), "identity")])
+        picture(address, [entry(ring()), entry(star(), "identity")])
     with httpx2.Client(base_url=address, trust_env=False) as client:
         job = client.get("/v1/jobs", params={"status": "failed", "limit": 1}).json()["jobs"][0]
     assert (job["error"]["code"], job["error"]["retryable"]) == ("no_face", False)

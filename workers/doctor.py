@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from model.errors import WeightsError
-from model.spec import load_spec
+from model.spec import load_spec, own_version
 from workers import queues
 from workers.artifacts import ArtifactError, ArtifactStore
 from workers.inference import describe_bad_settings
@@ -132,7 +132,11 @@ def check_dreamo(settings: WorkerSettings) -> Iterator[Finding]:
         yield Finding("fused model", str(settings.fused), "ok" if there else "problem", remedy)
         return
     directory = settings.dreamo or Path(settings.base_model) / "dreamo"
-    expected = expected_files(settings)
+    try:
+        expected = expected_files(settings)
+    except WeightsError as error:
+        yield Finding("DreamO", str(directory), "problem", error.message)
+        return
     missing = [name for name in expected if not (directory / name).is_file()]
     remedy = f"missing: {', '.join(missing)}; set DREAMSERVE_DREAMO to where they are" if missing else ""
     found = f"{len(expected) - len(missing)} of {len(expected)} files in {directory}"
@@ -140,9 +144,14 @@ def check_dreamo(settings: WorkerSettings) -> Iterator[Finding]:
 
 
 def expected_files(settings: WorkerSettings) -> list[str]:
-    """Names of the adapter files that the configured version is made of; importing their list imports torch."""
+    """Names of the adapter files that the configured version is made of; importing their list imports torch.
+
+    Raises:
+        WeightsError: no version is configured and the base names one that does not exist.
+    """
     adapters = import_module("model.adapters")
-    return [file.path for file in adapters.stack(settings.version, turbo=settings.turbo)]
+    named = settings.version or own_version(settings.base_model)
+    return [file.path for file in adapters.stack(named, turbo=settings.turbo)]
 
 
 def check_state(settings: WorkerSettings) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import psutil
 
-from service.samples import mug, star
+from service.samples import ring, star
 from service.submit import customize, data_url
 from tests.benchmarks.measure import Figure, figure
 
@@ -45,8 +45,8 @@ def run(device: str, rounds: int) -> list[Figure]:
 
 
 def _body(number: int) -> dict[str, Any]:
-    references = [{"role": "subject", "image": data_url(data, "sample")} for data in (star(), mug())]
-    return {"prompt": "the star from [ref#1] and the mug from [ref#2]", "references": references, "seed": number}
+    references = [{"role": "subject", "image": data_url(data, "sample")} for data in (star(), ring())]
+    return {"prompt": "the star from [ref#1] and the ring from [ref#2]", "references": references, "seed": number}
 
 
 def _seconds(job: dict[str, Any]) -> float:

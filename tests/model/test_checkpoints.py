@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoints import (
     FUSED_EMBEDDINGS,
-    SHIPPED,
     ModelSource,
     load_model,
     load_transformer,
@@ -26,10 +25,18 @@ from tests.model.test_transformer import ours
 MAIN = "dreamo/dreamo.safetensors"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with every file of both released stacks."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_model(folder, Shape())
+    return folder
+
+
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """The shipped model, to be damaged."""
-    return Path(shutil.copytree(SHIPPED, tmp_path / "model"))
+def copy(whole: Path, tmp_path: Path) -> Path:
+    """The same, to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "model"))
 
 
 def refusal(source: ModelSource) -> WeightsError:
@@ -147,9 +154,9 @@ def test_cuda_is_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("version", "turbo"), [("v1", False), ("v1.1", True)])
-def test_a_fused_directory_is_the_same_model(tmp_path: Path, version: str, turbo: bool) -> None:
+def test_a_fused_directory_is_the_same_model(whole: Path, tmp_path: Path, version: str, turbo: bool) -> None:
     """`write_fused` and loading it give bit for bit what fusing at start gives."""
-    source = ModelSource(version=version, turbo=turbo, device="cpu", dtype="bfloat16")  # type: ignore[arg-type]
+    source = ModelSource(str(whole), version=version, turbo=turbo, device="cpu", dtype="bfloat16")  # type: ignore[arg-type]
     write_fused(source, tmp_path / "fused")
     direct = load_transformer(source)
     fused = load_transformer(replace(source, fused=tmp_path / "fused"))
@@ -172,3 +179,14 @@ def test_another_size_runs_by_the_same_code(tmp_path: Path) -> None:
     assert (model.codec.cell, model.spec.cell, model.spec.width.default) == (16, 16, 1024)
     velocity = ours(model, [sample(model, 1, (4, 6), {1: (2, 2)}, timestep=0.5)])[0]
     assert velocity.shape == (24, 64)
+
+
+def test_a_base_names_the_stack_it_comes_with(copy: Path) -> None:
+    """Without a wish, `dreamserve.json` decides: main needs one file alone; a version that is none is refused."""
+    shutil.rmtree(copy / "dreamo" / "v1.1")
+    assert "v1.1" in refusal(ModelSource(str(copy))).message
+    (copy / "dreamserve.json").write_text('{"version": "main"}')
+    assert load_model(ModelSource(str(copy), device="cpu")).spec.guidance.default == 3.5
+    assert refusal(ModelSource(str(copy), version="v1.1")).code == "weights_missing"
+    (copy / "dreamserve.json").write_text('{"version": "v9"}')
+    assert "no version 'v9'" in refusal(ModelSource(str(copy))).message

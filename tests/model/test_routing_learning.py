@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from model.fabricate import Shape, _transformer
+from model.fabricate import Shape, make_transformer, open_gates
 from model.losses import route_loss
 from model.packing import Condition, PackedSequence, ReferenceTokens, lay_out, pack
 from model.roles import Role
@@ -35,7 +35,7 @@ class Toy:
         shape = Shape(double_blocks=1, single_blocks=1, heads=2)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.model: FluxTransformer2DModel = _transformer(shape)
+            self.model: FluxTransformer2DModel = open_gates(make_transformer(shape))
             self.tables = EmbeddingTables(0.4 * torch.randn(2, shape.width), 0.4 * torch.randn(10, shape.width))
         self.model.requires_grad_(False)
         self.weights = [

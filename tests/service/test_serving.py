@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from service.cli import app
-from service.samples import TILE, contact_sheet, mug, star
+from service.samples import TILE, contact_sheet, ring, star
 from service.serving import exposed
 from tests.service.conftest import picture
 
@@ -163,7 +163,7 @@ def test_samples_and_sheet() -> None:
     tiny.putdata([(255, 0, 0), (0, 0, 255)])
     buffer = io.BytesIO()
     tiny.save(buffer, "PNG")
-    assert star() != mug()
+    assert star() != ring()
     with Image.open(io.BytesIO(contact_sheet([("a", star()), ("b", buffer.getvalue())]))) as sheet:
         left = sheet.width - 24 - TILE
         tile = sheet.crop((left, 24 + TILE // 4, left + TILE, 24 + 3 * TILE // 4))

@@ -66,17 +66,26 @@ def test_every_problem_has_a_remedy(tmp_path: Path) -> None:
 
 def test_missing_adapter_files_are_named(tmp_path: Path) -> None:
     """Each version has its own list; one file away is one name in the remedy."""
-    expected = expected_files(WorkerSettings())
+    released = WorkerSettings(version="v1.1", dreamo=tmp_path)
+    expected = expected_files(released)
     assert expected != expected_files(WorkerSettings(version="v1"))
-    assert len(expected_files(WorkerSettings(turbo=False))) == len(expected) - 1
+    assert len(expected_files(WorkerSettings(version="v1.1", turbo=False))) == len(expected) - 1
+    assert expected_files(WorkerSettings()) == ["dreamo.safetensors"]
     for name in expected[1:]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    (row,) = check_dreamo(WorkerSettings(dreamo=tmp_path))
+    (row,) = check_dreamo(released)
     assert row.verdict == "problem" and expected[0] in row.remedy and expected[1] not in row.remedy
     (tmp_path / expected[0]).write_bytes(b"")
-    (row,) = check_dreamo(WorkerSettings(dreamo=tmp_path))
+    (row,) = check_dreamo(released)
     assert row.verdict == "ok"
+
+
+def test_a_base_that_names_no_stack_is_told(tmp_path: Path) -> None:
+    """Its `dreamserve.json` is read for the stack; nonsense there is a row, not a crash."""
+    (tmp_path / "dreamserve.json").write_text('{"version": "v9"}')
+    (row,) = check_dreamo(WorkerSettings(base_model=str(tmp_path)))
+    assert row.verdict == "problem" and "no version 'v9'" in row.remedy
 
 
 def test_running_redis_is_found(server: RedisProcess, client: redis.Redis, make_job: MakeJob) -> None:

@@ -1,16 +1,17 @@
 """How well a model customizes, measured on StickerWorld scenes it has never seen, by metrics with exact truth.
 
-    python -m workers.training.evaluate [--count 400] [--seed 0] [--task multi_subject]
+    python -m workers.training.evaluate [--count 400] [--seed 0] [--table two-references]
 
-prints a table: the model, the model with its references withheld, and three controls that say what the figures can be:
-the truth, the truth through the VAE (no model of this VAE can do better), and shuffled truth (chance). The model is the
-one a worker would load: the same DREAMSERVE_ variables choose it.
+prints a table per kind of scene: the model, the model with its references withheld, and three controls that say what
+the figures can be: the truth, the truth through the VAE (no model of this VAE can do better), and shuffled truth
+(chance). The model is the one a worker would load: the same DREAMSERVE_ variables choose it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -24,14 +25,29 @@ from model.pipeline import ImageRequest, Pipeline, PreparedReference
 from model.preprocess import to_tensor_range
 from workers.inference import load_pipeline
 from workers.settings import WorkerSettings
+from workers.training.attending import peaks_inside
 from workers.training.oracle.scores import score
-from workers.training.oracle.tables import Summary, summarise, table
+from workers.training.oracle.tables import RESPONSE, Rate, Summary, summarise, table
 from workers.training.records import Pixels
 from workers.training.stickerworld.scenes import Scene
 from workers.training.stickerworld.settings import Settings
 from workers.training.stickerworld.world import scene
 
 app = typer.Typer(add_completion=False)
+
+TABLES: Mapping[str, Settings] = {
+    "two-references": Settings(mixture=(("multi_subject", 1.0),), max_subjects=2),
+    "two-references-named-sizes": Settings(mixture=(("multi_subject", 1.0),), max_subjects=2, loose=1.0),
+    "one-reference": Settings(mixture=(("single_subject", 1.0),)),
+    "text-alone": Settings(mixture=(("text_to_image", 1.0),)),
+    "two-columns": Settings(mixture=(("two_column", 1.0),)),
+    "identity": Settings(mixture=(("identity_like", 1.0),)),
+    "garment": Settings(mixture=(("try_on_like", 1.0),)),
+    "style-by-text": Settings(mixture=(("style_text", 1.0),)),
+    "style-of-content": Settings(mixture=(("style_content", 1.0),)),
+}
+"""What there is to measure. Sizes named also means placed freely; everything else stands on the nine places."""
+
 _ERR = Console(stderr=True)
 
 
@@ -39,20 +55,27 @@ _ERR = Console(stderr=True)
 def evaluate(
     count: Annotated[int, typer.Option(min=2, help="Fresh scenes.")] = 400,
     seed: Annotated[int, typer.Option(help="Of the scenes and of the pictures.")] = 0,
-    task: Annotated[str, typer.Option(help="A StickerWorld task.")] = "multi_subject",
+    tables: Annotated[
+        list[str] | None, typer.Option("--table", help=f"One of {', '.join(TABLES)}; again for more. Default: all.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoise steps; default: the model's.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in one forward.")] = 8,
     held_out: Annotated[bool, typer.Option(help="Looks and phrases that training never shows.")] = True,
 ) -> None:
-    """Print the table of a model on one task."""
-    settings = Settings(mixture=((task, 1.0),), split="held_out" if held_out else "train", max_subjects=2)
+    """Print how well a model does, beside controls, on each kind of scene."""
+    chosen = tables or list(TABLES)
+    if unknown := [name for name in chosen if name not in TABLES]:
+        print(f"dreamserve evaluate: no table {unknown[0]!r}; there are {', '.join(TABLES)}", file=sys.stderr)
+        raise typer.Exit(2)
     try:
         pipeline = load_pipeline(WorkerSettings())
-        scenes = [scene(seed, index, settings) for index in range(count)]
-    except (ModelError, ValueError) as error:
+    except ModelError as error:
         print(f"dreamserve evaluate: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
-    print(table(columns(pipeline, scenes, seed=seed, steps=steps, batch=batch)))
+    for name in chosen:
+        settings = replace(TABLES[name], split="held_out" if held_out else "train")
+        scenes = [scene(seed, index, settings) for index in range(count)]
+        print(f"\n{name}\n\n{table(columns(pipeline, scenes, seed=seed, steps=steps, batch=batch))}", flush=True)
 
 
 def columns(
@@ -60,11 +83,18 @@ def columns(
 ) -> dict[str, Summary]:
     """Summaries of the model and of its controls over the same scenes."""
     made = pictures(pipeline, scenes, seed=seed, steps=steps, batch=batch)
-    withheld = pictures(pipeline, scenes, seed=seed, steps=steps, batch=batch, withhold=True)
     truth = [one.picture for one in scenes]
+    without: dict[str, Summary] = {}
+    if any(one.references for one in scenes):
+        withheld = pictures(pipeline, scenes, seed=seed, steps=steps, batch=batch, withhold=True)
+        without = {"references withheld": _summary(scenes, withheld)}
+    model = _summary(scenes, made)
+    if peaks := peaks_inside(pipeline.model, [one.record() for one in scenes], seed=seed):
+        rate = Rate(sum(peaks) / len(peaks), len(peaks))
+        model = replace(model, rates={**model.rates, RESPONSE: rate})
     return {
-        "model": _summary(scenes, made),
-        "references withheld": _summary(scenes, withheld),
+        "model": model,
+        **without,
         "truth": _summary(scenes, truth),
         "truth through the VAE": _summary(scenes, [through_vae(pipeline, picture) for picture in truth]),
         "shuffled truth": _summary(scenes, [*truth[1:], truth[0]]),

@@ -110,7 +110,9 @@ def write_transformer(directory: Path, transformer: FluxTransformer2DModel) -> N
         if ".lora_" not in name
     }
     directory.mkdir(parents=True, exist_ok=True)
-    transformer.save_config(directory)
+    config = json.loads(transformer.to_json_string())
+    config.pop("_name_or_path", None)  # where it lay on the machine that trained it
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(state, directory / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 

@@ -36,6 +36,8 @@ app = typer.Typer(add_completion=False)
 SHAPE = Shape(heads=6, text_width=128, pooled_width=64)
 """Width 192 and 2 + 4 blocks: 5.2 M parameters."""
 
+TEXT = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+
 SPEC = {
     "name": "dreamo-tiny",
     "about": "A small model trained on procedural stickers: it puts the stickers you send where you say, on one of "
@@ -49,18 +51,21 @@ SPEC = {
 }
 
 
-def write_start(out: Path, *, seed: int) -> None:
+def write_start(out: Path, language: LanguagePlan, autoencoder: AutoencoderPlan) -> None:
     """What `recipes/tiny.yaml` starts from: trained VAE and text encoders, and an untrained transformer."""
-    plan = LanguagePlan(seed=seed)
-    _once(out / "text_encoder_2", lambda part: _language(part, plan))
-    _once(out / "vae", lambda part: _autoencoder(part, AutoencoderPlan(seed=seed)))
-    _once(out / "transformer", lambda part: still_transformer(SHAPE, seed=seed).save_pretrained(part))
+    _once(out, TEXT, lambda part: _language(part, language))
+    _once(out, ("vae",), lambda part: _autoencoder(part / "vae", autoencoder))
+    _once(
+        out,
+        ("transformer",),
+        lambda part: still_transformer(SHAPE, language.seed).save_pretrained(part / "transformer"),
+    )
     write_index(out)
     (out / SPEC_FILE).write_text(json.dumps({"version": "main", "spec": SPEC}, indent=1) + "\n")
 
 
 @torch.no_grad()
-def still_transformer(shape: Shape, *, seed: int) -> Any:
+def still_transformer(shape: Shape, seed: int) -> Any:
     """Random weights, but every gate and the last projection zero, so that each block starts as the identity."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -72,21 +77,18 @@ def still_transformer(shape: Shape, *, seed: int) -> Any:
     return transformer
 
 
-def train(start: Path, runs: Path) -> Path:
-    """Run the recipe, from its newest checkpoint if there is one; the run's directory."""
-    recipe: Recipe = load_recipe("tiny").with_overrides(base=str(start))
-    directory = runs / recipe.name
+def train(recipe: Recipe, directory: Path) -> None:
+    """Run a recipe to its end, from the newest checkpoint in the directory if there is one, and export."""
     with TrainingLog(directory, recipe.steps) as log:
         run = prepare(recipe, directory, log.step)
         run.resume()
         run.run()
         run.export()
-    return directory
 
 
 def assemble(start: Path, run: Path, out: Path) -> None:
     """Put the parts together as a model directory, in bfloat16."""
-    for name in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae", "scheduler"):
+    for name in (*TEXT, "vae", "scheduler"):
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.copytree(start / name, out / name)
     shutil.rmtree(out / "transformer", ignore_errors=True)
@@ -103,23 +105,18 @@ def _halved(file: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
 
 
-def _once(folder: Path, make: Callable[[Path], object]) -> None:
-    """Make a part in a folder of its own and move it where it belongs, unless it is there."""
-    if folder.exists():
+def _once(out: Path, names: tuple[str, ...], make: Callable[[Path], object]) -> None:
+    """Make folders of these names beside their place and move them there, unless all are there."""
+    if all((out / name).exists() for name in names):
         return
-    part = folder.parent / f".{folder.name}.part"
+    part = out / ".part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     make(part)
-    if (part / folder.name).exists():  # the text encoders are four folders, made together
-        for other in sorted(part.iterdir()):
-            if other.name != folder.name:
-                shutil.rmtree(folder.parent / other.name, ignore_errors=True)
-                other.rename(folder.parent / other.name)
-        (part / folder.name).rename(folder)
-        part.rmdir()
-    else:
-        part.rename(folder)
+    for name in names:
+        shutil.rmtree(out / name, ignore_errors=True)
+        (part / name).rename(out / name)
+    part.rmdir()
 
 
 def _language(out: Path, plan: LanguagePlan) -> None:
@@ -141,8 +138,10 @@ def main(
     """Train the small model and write it; hours on two CPU cores."""
     start = runs / "tiny-start"
     try:
-        write_start(start, seed=seed)
-        assemble(start, train(start, runs), out)
+        recipe = load_recipe("tiny").with_overrides(base=str(start)).model_copy(update={"seed": seed})
+        write_start(start, LanguagePlan(seed=seed), AutoencoderPlan(seed=seed))
+        train(recipe, runs / recipe.name)
+        assemble(start, runs / recipe.name, out)
     except (RecipeError, ModelError, SnapshotError, TrainingError) as error:
         print(f"dreamserve small model: {error}", file=sys.stderr)
         raise typer.Exit(2) from error

@@ -1,13 +1,14 @@
-"""The evaluation table: its controls stand where they must, and a random model scores as one."""
+"""The evaluation table: its controls stand where they must, and the shipped model customizes."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from model.checkpoints import ModelSource
 from model.pipeline import Pipeline, load_pipeline
-from workers.training.evaluate import columns, pictures, through_vae
+from workers.training.evaluate import TABLES, app, columns, pictures, through_vae
 from workers.training.oracle.tables import table
 from workers.training.stickerworld.scenes import Scene
 from workers.training.stickerworld.settings import Settings
@@ -27,12 +28,13 @@ def scenes() -> list[Scene]:
 
 
 def test_the_controls(pipeline: Pipeline, scenes: list[Scene]) -> None:
-    """Truth scores all, shuffled truth and random weights nothing; the table shows a column for each."""
-    summaries = columns(pipeline, scenes, seed=1, steps=1, batch=4)
+    """Truth scores all, shuffled truth nothing; the shipped model most, but only with its references."""
+    summaries = columns(pipeline, scenes, seed=1, batch=4)
     row = "all right, per sticker"
     assert summaries["truth"][row] == 1
     assert summaries["shuffled truth"][row] < 0.1
-    assert summaries["model"][row] < 0.1
+    assert summaries["model"][row] > 0.5
+    assert summaries["references withheld"][row] < 0.1
     lines = table(summaries).splitlines()
     assert lines[0].count("|") == len(summaries) + 2
     assert lines[-1].startswith("| records | 8 |")
@@ -46,6 +48,20 @@ def test_a_batch_changes_nothing_and_references_count(pipeline: Pipeline, scenes
     for one, two, without in zip(together, alone, withheld, strict=True):
         assert np.abs(one.astype(int) - two).max() <= 1
         assert np.abs(one.astype(int) - without).max() > 2
+
+
+def test_text_alone_has_no_references_to_withhold(pipeline: Pipeline) -> None:
+    """The control would be the model again."""
+    described = [scene(3, index, TABLES["text-alone"]) for index in range(2)]
+    assert "references withheld" not in columns(pipeline, described, seed=1, steps=1)
+
+
+def test_an_unknown_table_is_named() -> None:
+    """Before anything is loaded."""
+    run = CliRunner().invoke(app, ["--table", "nothing"])
+    assert run.exit_code == 2
+    assert "no table 'nothing'" in run.stderr
+    assert "two-references" in run.stderr
 
 
 def test_the_vae_is_asked_without_noise(pipeline: Pipeline, scenes: list[Scene]) -> None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from workers.training.oracle.scores import Scores
 
+RESPONSE = "response map peaks inside its subject"
+"""Of the network, not of its picture: see `attending`."""
+
 ROWS = (
     "present where asked",
     "right background",
@@ -27,6 +30,7 @@ ROWS = (
     "garment, all right",
     "style",
     "content",
+    RESPONSE,
 )
 
 
