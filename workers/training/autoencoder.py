@@ -49,7 +49,7 @@ class AutoencoderPlan:
 
     channels: tuple[int, int, int] = (16, 32, 64)
     latent_channels: int = 16
-    steps: int = 14000
+    steps: int = 12000
     batch: int = 8
     crop: int = 48
     lr: float = 2e-3

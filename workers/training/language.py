@@ -81,9 +81,9 @@ class LanguagePlan:
     named_sizes: share of the prompts that name sizes.
     """
 
-    steps: int = 4000
+    steps: int = 3000
     batch: int = 64
-    tokens: int = 64
+    tokens: int = 48
     rate: float = 2e-3
     warmup: int = 200
     named_sizes: float = 0.4
