@@ -20,8 +20,8 @@ from service.prompts import check_prompt, clean_text, with_trigger
 from service.schemas import CustomizeRequest, ReferenceBody
 from workers import queues
 from workers.artifacts import ArtifactStore
-from workers.jobs import CustomizeJob, JobRecord, ReferenceInput, Sampling
-from workers.ledger import Ledger
+from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, ReferenceInput, Sampling
+from workers.ledger import CustomizeLedger
 from workers.pictures import PictureLimits
 
 SEEDS = 2**64
@@ -39,10 +39,10 @@ class Admission:
     spec: ModelSpec
     limits: PictureLimits
     store: ArtifactStore
-    ledger: Ledger
+    ledger: CustomizeLedger
     redis: redis.Redis
 
-    def customize(self, request: CustomizeRequest) -> JobRecord:
+    def customize(self, request: CustomizeRequest) -> CustomizeRecord:
         """Accept one job and ring for it.
 
         Raises:
@@ -112,9 +112,9 @@ class Admission:
             on_no_face=body.on_no_face,
         )
 
-    def _accept(self, job: CustomizeJob) -> JobRecord:
+    def _accept(self, job: CustomizeJob) -> CustomizeRecord:
         self.ledger.accept(job)
-        queues.ring(self.redis, job.id)
+        queues.ring(self.redis, CUSTOMIZE, job.id)
         record = self.ledger.get(job.id)
         if record is None:  # only with a time to live of nothing, or a Redis that forgets
             raise Problem("queue_unavailable", "The accepted job could not be read back: try again.")

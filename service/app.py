@@ -26,6 +26,7 @@ from service.problems import (
 from service.routes import router
 from service.settings import GatewaySettings
 from service.shell import RequestShell
+from service.training_routes import router as training_router
 from workers.artifacts import ArtifactError
 from workers.logs import configure_logging
 
@@ -57,6 +58,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     )
     app.state.gateway = gateway
     app.include_router(router)
+    app.include_router(training_router)
     app.add_exception_handler(Problem, answer_problem)  # pyright: ignore[reportArgumentType] - starlette types handlers by Exception
     app.add_exception_handler(HTTPException, answer_http)  # pyright: ignore[reportArgumentType] - as above
     app.add_exception_handler(RequestValidationError, _answer_validation)  # pyright: ignore[reportArgumentType] - as above

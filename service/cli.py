@@ -58,6 +58,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Default: DREAMSERVE_HOST, else 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: a free one. Default: 8080.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes, each with the model loaded.")] = 1,
+    training_workers: Annotated[int, typer.Option(min=0, help="Processes that run trainings.")] = 0,
     state_dir: Annotated[Path | None, typer.Option(help="Jobs and pictures. Default: .state.")] = None,
 ) -> None:
     """Start everything: a private Redis unless DREAMSERVE_REDIS_URL is set, workers and the gateway."""
@@ -71,6 +72,7 @@ def serve(
         host=host or settings.host,
         port=settings.port if port is None else port,
         workers=workers,
+        training_workers=training_workers,
         state_dir=state_dir or settings.state_dir,
         redis_url=settings.redis_url,
     )
@@ -118,6 +120,12 @@ def gateway(
 def worker(context: typer.Context) -> None:
     """Start one worker alone (python -m workers.inference), on the same Redis as `gateway`."""
     _become("workers.inference", context.args)
+
+
+@app.command(**_PASS_ON)
+def training_worker(context: typer.Context) -> None:
+    """Start one training worker alone (python -m workers.training.worker), on the same Redis as `gateway`."""
+    _become("workers.training.worker", context.args)
 
 
 @app.command(**_PASS_ON)

@@ -12,10 +12,13 @@ from fastapi import Depends, Request
 from model.spec import ModelSpec, load_spec
 from service.admission import Admission
 from service.settings import GatewaySettings
+from service.trainings import TrainingAdmission
 from workers import queues
 from workers.artifacts import ArtifactStore
-from workers.ledger import Ledger
+from workers.jobs import CUSTOMIZE, TRAINING
+from workers.ledger import CustomizeLedger, Ledger
 from workers.pictures import PictureLimits
+from workers.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +28,11 @@ class Gateway:
     settings: GatewaySettings
     spec: ModelSpec
     redis: redis.Redis
-    ledger: Ledger
+    ledger: CustomizeLedger
     store: ArtifactStore
     admission: Admission
+    trainings: TrainingAdmission
+    registry: Registry
     decoding: anyio.CapacityLimiter
 
 
@@ -42,11 +47,15 @@ def open_gateway(settings: GatewaySettings) -> Gateway:
         raise ValueError("set DREAMSERVE_REDIS_URL, or start everything with `dreamserve serve`")
     spec = load_spec(settings.base_model, version=settings.version, turbo=settings.turbo)
     client = queues.connect(settings.redis_url, timeout_s=settings.redis_timeout_s)
-    ledger = Ledger(client, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s)
+    ledger = Ledger(client, CUSTOMIZE, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s)
     store = ArtifactStore(settings.artifact_root)
     admission = Admission(spec, PictureLimits(), store, ledger, client)
+    trainings = TrainingAdmission(
+        settings, Ledger(client, TRAINING, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s), client
+    )
+    registry = Registry(settings.adapter_root)
     limiter = anyio.CapacityLimiter(settings.admissions)
-    return Gateway(settings, spec, client, ledger, store, admission, limiter)
+    return Gateway(settings, spec, client, ledger, store, admission, trainings, registry, limiter)
 
 
 def _gateway(request: Request) -> Gateway:

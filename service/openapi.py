@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.problems import MEDIA_TYPE, TABLE
 from service.schemas import CustomizeRequest, ProblemBody
+from service.training_schemas import TrainingRequest
 
 _REFERENCE = "#/components/schemas/{model}"
 _PROBLEM_CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}}
@@ -17,6 +18,11 @@ _PROBLEM_CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Proble
 CUSTOMIZE_BODY: dict[str, Any] = {
     "required": True,
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/CustomizeRequest"}}},
+}
+
+TRAINING_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/TrainingRequest"}}},
 }
 
 
@@ -40,7 +46,8 @@ def install_openapi(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             _, extra = models_json_schema(
-                [(CustomizeRequest, "validation"), (ProblemBody, "serialization")], ref_template=_REFERENCE
+                [(CustomizeRequest, "validation"), (TrainingRequest, "validation"), (ProblemBody, "serialization")],
+                ref_template=_REFERENCE,
             )
             document["components"]["schemas"].update(extra["$defs"])
             app.openapi_schema = document

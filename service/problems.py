@@ -110,6 +110,15 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         "image_unsupported": _meaning("Picture format unsupported", "Use a still PNG, JPEG or WebP."),
         "mask_size_mismatch": _meaning("Mask size differs", "A mask is exactly as large as its picture."),
         "cursor_invalid": _meaning("Cursor invalid", "Use a `next_cursor` of the same listing, or none."),
+        "recipe_unknown": _meaning("Recipe unknown", "The server has no recipe of this name: see /v1/recipes."),
+        "recipe_unusable": _meaning(
+            "Recipe not served", "The recipe trains a base model, or is faulty: name another of /v1/recipes."
+        ),
+        "override_invalid": _meaning(
+            "Override does not fit", "The recipe has no such field, or the value does not fit it."
+        ),
+        "dataset_missing": _meaning("Dataset missing", "The recipe trains on a dataset: name one of /v1/recipes."),
+        "dataset_unknown": _meaning("Dataset unknown", "The server has no dataset of this name: see /v1/recipes."),
         "internal": ProblemType(
             500,
             "Internal error",

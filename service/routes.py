@@ -14,7 +14,7 @@ from service.problems import Fault, Problem
 from service.schemas import JobBody, JobList, Liveness, ModelList, Readiness
 from service.views import job_body, model_body
 from workers import queues
-from workers.jobs import JobRecord, JobStatus
+from workers.jobs import CUSTOMIZE, CustomizeRecord, JobStatus
 
 router = APIRouter()
 
@@ -120,7 +120,7 @@ def get_image(gateway: GatewayDependency, id: JobId, index: ImageIndex, request:
 
 @router.get("/v1/models", responses=problems(503), summary="The model's limits and defaults, and who serves it")
 def list_models(gateway: GatewayDependency) -> ModelList:
-    return ModelList(models=[model_body(gateway.spec)], workers=queues.workers(gateway.redis))
+    return ModelList(models=[model_body(gateway.spec)], workers=queues.workers(gateway.redis, CUSTOMIZE))
 
 
 @router.get("/livez", responses=problems(), summary="The process answers")
@@ -130,18 +130,18 @@ async def livez() -> Liveness:
 
 @router.get("/readyz", responses=problems(503), summary="Jobs can be accepted")
 def readyz(gateway: GatewayDependency) -> Readiness:
-    cards = queues.workers(gateway.redis)
+    cards = queues.workers(gateway.redis, CUSTOMIZE)
     gateway.store.check_writable()
     return Readiness(workers_ready=sum(card.get("state") in ("ready", "busy") for card in cards))
 
 
-def _found(record: JobRecord | None) -> JobRecord:
+def _found(record: CustomizeRecord | None) -> CustomizeRecord:
     if record is None:
         raise Problem("not_found")
     return record
 
 
-def _body(gateway: Gateway, record: JobRecord) -> JobBody:
+def _body(gateway: Gateway, record: CustomizeRecord) -> JobBody:
     queued = record.status is JobStatus.QUEUED
     position = gateway.ledger.position(record.job.id) if queued else None
     return job_body(record, position=position, ttl_s=gateway.settings.job_ttl_s)

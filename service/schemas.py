@@ -19,13 +19,13 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 RoleName = Annotated[str, WithJsonSchema({"type": "string", "enum": [role.value for role in Role]})]
 
 
-class _Input(BaseModel):
+class InputBody(BaseModel):
     """Nothing is coerced, nothing unknown is let through, no NaN."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ReferenceBody(_Input):
+class ReferenceBody(InputBody):
     """One picture the result shall take something from."""
 
     image: str = Field(description="Data URL of a PNG, JPEG or WebP.", examples=["data:image/png;base64,iVBORw0KGgo="])
@@ -41,13 +41,13 @@ class ReferenceBody(_Input):
     )
 
 
-class OutputBody(_Input):
+class OutputFormatBody(InputBody):
     """How the pictures are written."""
 
     format: OutputFormat = "png"
 
 
-class CustomizeRequest(_Input):
+class CustomizeRequest(InputBody):
     """Body of `POST /v1/customize`."""
 
     prompt: str = Field(description="`[ref#i]` binds a word to the reference in slot i, counted from 1.")
@@ -68,21 +68,23 @@ class CustomizeRequest(_Input):
         None, description="0 to 2**64 - 1; default: random. Image n is drawn with seed + n (mod 2**64)."
     )
     num_images: int = 1
-    output: OutputBody = Field(default_factory=OutputBody)
+    output: OutputFormatBody = Field(default_factory=OutputFormatBody)
     metadata: dict[str, str] = Field(
         default_factory=dict[str, str], description="Returned with the job; at most 16 entries, 2048 bytes."
     )
 
 
-class _Output(BaseModel):
+class OutputBody(BaseModel):
+    """What is answered."""
+
     model_config = ConfigDict(frozen=True)
 
 
-class OutputView(_Output):
+class OutputView(OutputBody):
     format: OutputFormat
 
 
-class ReferenceView(_Output):
+class ReferenceView(OutputBody):
     """A reference as the job keeps it: by digest."""
 
     slot: int
@@ -93,7 +95,7 @@ class ReferenceView(_Output):
     on_no_face: Literal["fail", "subject"]
 
 
-class EffectiveRequest(_Output):
+class EffectiveRequest(OutputBody):
     """Every parameter the job runs with, defaults filled in."""
 
     model: str
@@ -114,17 +116,17 @@ class EffectiveRequest(_Output):
     output: OutputView
 
 
-class ProgressView(_Output):
+class ProgressView(OutputBody):
     phase: Literal["load", "preprocess", "encode", "denoise", "decode"]
     step: int
     total: int
 
 
-class QueueView(_Output):
+class QueueView(OutputBody):
     position: int = Field(description="Jobs ahead of this one.")
 
 
-class ImageView(_Output):
+class ImageView(OutputBody):
     url: str
     sha256: str
     width: int
@@ -133,18 +135,18 @@ class ImageView(_Output):
     seed: int
 
 
-class JobErrorView(_Output):
+class JobErrorView(OutputBody):
     code: str
     message: str
     retryable: bool
 
 
-class JobUrls(_Output):
+class JobUrls(OutputBody):
     self: str
     cancel: str
 
 
-class JobBody(_Output):
+class JobBody(OutputBody):
     """A job at one moment. Times are ISO 8601 in UTC."""
 
     id: str
@@ -165,20 +167,20 @@ class JobBody(_Output):
     metadata: dict[str, str]
 
 
-class JobList(_Output):
+class JobList(OutputBody):
     """Newest first."""
 
     jobs: list[JobBody]
     next_cursor: str | None
 
 
-class FaultView(_Output):
+class FaultView(OutputBody):
     pointer: str = Field(description="JSON pointer into the body, or `?name` for a query parameter.")
     code: str
     detail: str
 
 
-class ProblemBody(_Output):
+class ProblemBody(OutputBody):
     """RFC 9457 problem; `docs/errors.md` lists the codes."""
 
     type: str
@@ -192,7 +194,7 @@ class ProblemBody(_Output):
     errors: list[FaultView]
 
 
-class RangeView(_Output):
+class RangeView(OutputBody):
     """Inclusive bounds; a value lies on `step` if that is a whole number."""
 
     minimum: float
@@ -201,7 +203,7 @@ class RangeView(_Output):
     default: float
 
 
-class ModelBody(_Output):
+class ModelBody(OutputBody):
     """What the model accepts and what it does when nothing is said."""
 
     name: str
@@ -225,16 +227,16 @@ class ModelBody(_Output):
     output_formats: list[OutputFormat]
 
 
-class ModelList(_Output):
+class ModelList(OutputBody):
     models: list[ModelBody]
     workers: list[dict[str, Any]] = Field(description="Cards of the live workers: device, versions, state.")
 
 
-class Liveness(_Output):
+class Liveness(OutputBody):
     status: Literal["live"] = "live"
 
 
-class Readiness(_Output):
+class Readiness(OutputBody):
     """Redis and the artifact store answer. Jobs are accepted even while `workers_ready` is 0."""
 
     status: Literal["ready"] = "ready"

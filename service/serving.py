@@ -35,6 +35,7 @@ class Serving:
     workers: int
     state_dir: Path
     redis_url: str | None
+    training_workers: int = 0
     worker_command: tuple[str, ...] = (sys.executable, "-m", "workers.inference")
 
 
@@ -152,13 +153,18 @@ def _programs(serving: Serving, listener: socket.socket, redis_url: str) -> list
     )
     # Several torch processes that each take all cores slow one another down many times over.
     threads: dict[str, str] = {}
-    if serving.workers > 1 and "OMP_NUM_THREADS" not in os.environ:
-        threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // serving.workers))
+    processes = serving.workers + serving.training_workers
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     workers = [
         Program(f"worker {number}", serving.worker_command, environment | threads)
         for number in range(1, serving.workers + 1)
     ]
-    return [gateway, *workers]
+    trainers = [
+        Program(f"training worker {number}", (sys.executable, "-m", "workers.training.worker"), environment | threads)
+        for number in range(1, serving.training_workers + 1)
+    ]
+    return [gateway, *workers, *trainers]
 
 
 def _listen(host: str, port: int) -> socket.socket:

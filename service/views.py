@@ -19,10 +19,10 @@ from service.schemas import (
     QueueView,
     ReferenceView,
 )
-from workers.jobs import CustomizeJob, JobRecord
+from workers.jobs import CustomizeJob, CustomizeRecord
 
 
-def job_body(record: JobRecord, *, position: int | None, ttl_s: float) -> JobBody:
+def job_body(record: CustomizeRecord, *, position: int | None, ttl_s: float) -> JobBody:
     """The job's body. `position`: jobs ahead of it, if it is queued; `ttl_s`: life of a terminal record."""
     job = record.job
     url = f"/v1/jobs/{job.id}"
@@ -34,10 +34,10 @@ def job_body(record: JobRecord, *, position: int | None, ttl_s: float) -> JobBod
         queue=None if position is None else QueueView(position=position),
         attempt=record.attempt,
         cancel_requested=record.cancel_requested,
-        created_at=_time(record.created_at),
-        started_at=None if record.started_at is None else _time(record.started_at),
-        finished_at=None if finished is None else _time(finished),
-        expires_at=None if finished is None else _time(finished + ttl_s),
+        created_at=time_text(record.created_at),
+        started_at=None if record.started_at is None else time_text(record.started_at),
+        finished_at=None if finished is None else time_text(finished),
+        expires_at=None if finished is None else time_text(finished + ttl_s),
         request=_effective(job),
         images=_images(record, url),
         error=JobErrorView(**asdict(record.error)) if record.error else None,
@@ -76,7 +76,7 @@ def _effective(job: CustomizeJob) -> EffectiveRequest:
     )
 
 
-def _images(record: JobRecord, url: str) -> list[ImageView]:
+def _images(record: CustomizeRecord, url: str) -> list[ImageView]:
     if record.result is None:
         return []
     return [
@@ -92,11 +92,11 @@ def _images(record: JobRecord, url: str) -> list[ImageView]:
     ]
 
 
-def _timings(record: JobRecord) -> dict[str, float]:
+def _timings(record: CustomizeRecord) -> dict[str, float]:
     waited = {} if record.started_at is None else {"queued_s": round(record.started_at - record.created_at, 6)}
     return waited | (record.result.timings if record.result else {})
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     """ISO 8601 in UTC, to the millisecond."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

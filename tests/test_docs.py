@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_the_command_line_example(address: str, tmp_path: Path) -> None:
 
 def test_the_curl_example(address: str, tmp_path: Path) -> None:
     """README's curl lines write a picture, with an empty slot between two references."""
-    (script,) = [block for block in blocks("README.md") if "curl" in block]
+    (script,) = [block for block in blocks("README.md") if "v1/customize" in block]
     shell(script.replace("http://127.0.0.1:8080", address), tmp_path)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
@@ -125,6 +126,13 @@ def test_the_training_example(tmp_path: Path) -> None:
     """README's dry run and dataset check."""
     (script,) = [block for block in blocks("README.md") if "dreamserve train" in block]
     shell(script, tmp_path)
+
+
+def test_the_training_request_example(address: str, tmp_path: Path) -> None:
+    """README's curl line submits a training."""
+    (script,) = [block for block in blocks("README.md") if "v1/trainings" in block]
+    shell(script.replace("http://127.0.0.1:8080", address).strip() + " > answer.json", tmp_path)
+    assert json.loads((tmp_path / "answer.json").read_text())["status"] == "queued"
 
 
 def test_the_real_weights_example(tmp_path: Path) -> None:

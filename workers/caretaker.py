@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import redis
@@ -15,41 +16,54 @@ import structlog
 from redis.exceptions import RedisError
 
 from workers import queues
-from workers.artifacts import ArtifactStore
+from workers.jobs import AnyKind
 from workers.ledger import Ledger
-from workers.runner import Claim
-from workers.settings import WorkerSettings
 
 _LOG = structlog.stdlib.get_logger("workers.caretaker")
-_SWEEP_STORE_S = 600.0
+_SWEEP_S = 600.0
+
+
+@dataclass(slots=True)
+class Claim:
+    """The job in hand. `moved_at`: monotonic second of its last progress."""
+
+    job_id: str
+    token: int
+    moved_at: float
 
 
 class Caretaker(threading.Thread):
     """Goes its round several times per lease until `halt`.
 
     Args:
+        client: of its own. ledger: on that client.
         card: what to announce, asked anew each time.
         claim: the job in hand, if any.
+        stall_s: a claim without progress for so long is no longer kept alive.
+        sweep: clears what expired jobs have left; called every ten minutes.
     """
 
     def __init__(
         self,
         client: redis.Redis,
-        settings: WorkerSettings,
+        kind: AnyKind,
+        ledger: Ledger[Any, Any, Any],
         name: str,
         *,
         card: Callable[[], dict[str, Any]],
         claim: Callable[[], Claim | None],
+        stall_s: float,
+        sweep: Callable[[], object],
     ) -> None:
         super().__init__(name="caretaker", daemon=True)
         self.client = client
-        self.settings = settings
+        self.kind = kind
+        self.ledger = ledger
         self.worker = name
         self.card = card
         self.claim = claim
-        self.ledger = Ledger(client, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s)
-        self.store = ArtifactStore(settings.artifact_root)
-        self.round_s = settings.lease_s / 5
+        self.stall_s = stall_s
+        self.sweep = sweep
         self._halted = threading.Event()
         self._away = False
         self._searched_at = self._swept_at = time.monotonic()
@@ -64,41 +78,41 @@ class Caretaker(threading.Thread):
                 if not self._away:
                     _LOG.warning("redis is away", exception=type(error).__name__)
                 self._away = True
-            self._halted.wait(self.round_s)
+            self._halted.wait(self.ledger.lease_s / 5)
 
     def round(self) -> None:
         """Announce, renew one's own lease first, then look for what others have lost."""
         self.announce()
         claim = self.claim()
-        if claim is not None and time.monotonic() - claim.moved_at < self.settings.stall_s:
+        if claim is not None and time.monotonic() - claim.moved_at < self.stall_s:
             self.ledger.beat(claim.job_id, claim.token)
         for job_id in self.ledger.reap():
             _LOG.warning("lease lapsed, job queued again", job_id=job_id)
-            queues.ring_again(self.client, job_id)
+            queues.ring_again(self.client, self.kind, job_id)
         now = time.monotonic()
-        if now - self._searched_at >= self.settings.lease_s:
+        if now - self._searched_at >= self.ledger.lease_s:
             self._searched_at = now
             self._find_missing()
-        if now - self._swept_at >= _SWEEP_STORE_S:
+        if now - self._swept_at >= _SWEEP_S:
             self._swept_at = now
-            self.store.sweep(2.0 * self.settings.job_ttl_s)
+            self.sweep()
 
     def announce(self) -> None:
         """Publish the card; it outlives a few missed rounds."""
-        queues.announce(self.client, self.worker, self.card(), ttl_s=max(2.0, 1.5 * self.settings.lease_s))
+        queues.announce(self.client, self.kind, self.worker, self.card(), ttl_s=max(2.0, 1.5 * self.ledger.lease_s))
 
     def halt(self) -> None:
         """End the rounds and take the card away."""
         self._halted.set()
         self.join()
         try:
-            queues.withdraw(self.client, self.worker)
+            queues.withdraw(self.client, self.kind, self.worker)
         except RedisError:
             return  # the card lapses by itself
 
     def _find_missing(self) -> None:
         """Ring for jobs that wait without a delivery: their gateway or worker died at the wrong moment."""
-        waiting = self.ledger.waiting(self.settings.lease_s / 2)
+        waiting = self.ledger.waiting(self.ledger.lease_s / 2)
         if waiting:
-            for job_id in queues.ring_missing(self.client, waiting):
+            for job_id in queues.ring_missing(self.client, self.kind, waiting):
                 _LOG.warning("delivery was missing", job_id=job_id)

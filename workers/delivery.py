@@ -21,6 +21,7 @@ from rq.serializers import JSONSerializer
 from rq.worker import WorkerStatus
 
 from workers import queues
+from workers.jobs import AnyKind
 
 _LOG = structlog.stdlib.get_logger("workers.delivery")
 _WORKER_TTL_S = 16
@@ -32,9 +33,9 @@ class DeliveryWorker(SimpleWorker):
 
     max_connection_wait_time = 1.0
 
-    def __init__(self, client: redis.Redis, name: str, stop: threading.Event) -> None:
+    def __init__(self, client: redis.Redis, kind: AnyKind, name: str, stop: threading.Event) -> None:
         super().__init__(
-            [queues.queue(client)],
+            [queues.queue(client, kind)],
             name=name,
             connection=client,
             worker_ttl=_WORKER_TTL_S,
@@ -42,6 +43,7 @@ class DeliveryWorker(SimpleWorker):
             serializer=JSONSerializer,
             log_job_description=False,
         )
+        self._kind = kind
         self._stop = stop
         self._popped = False
 
@@ -49,10 +51,13 @@ class DeliveryWorker(SimpleWorker):
         """Acknowledge and call; when stopping, hand the delivery back for another worker."""
         self._popped = False
         if self._stop.is_set():
-            queues.ring_again(self.connection, job.id)
+            queues.ring_again(self.connection, self._kind, job.id)
+            return
+        queues.acknowledge(self.connection, self._kind, job.id)
+        if job.func_name != self._kind.function:
+            _LOG.warning("delivery of another kind", job_id=job.id)
             return
         self.set_state(WorkerStatus.BUSY)
-        queues.acknowledge(self.connection, job.id)
         function = job.func
         try:
             if function is not None:

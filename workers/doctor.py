@@ -25,9 +25,8 @@ from model.errors import WeightsError
 from model.spec import load_spec, own_version
 from workers import queues
 from workers.artifacts import ArtifactError, ArtifactStore
-from workers.inference import describe_bad_settings
 from workers.redis_process import find_redis, find_server, server_version
-from workers.settings import WorkerSettings
+from workers.settings import WorkerSettings, describe_bad_settings
 
 Verdict = Literal["ok", "note", "problem"]
 _REQUIRED = ("torch", "diffusers", "transformers")

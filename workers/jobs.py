@@ -5,21 +5,33 @@
       │                 │ └──(lease lost)─▶ queued again, attempt + 1
       └────cancel───────┴───────────────▶ canceled        expired: not started by its deadline
 
-Everything here crosses a process boundary as JSON (`encode` / `decode`) and is validated on the way in. A job
-carries artifact keys, never pixels: its record stays under 4 KiB apart from the prompt. No torch.
+Two kinds of job go this way: customizing and training. Everything here crosses a process boundary as JSON (`encode`
+/ `decode`) and is validated on the way in. A job carries artifact keys, never pixels: its record stays under 4 KiB
+apart from a prompt or a recipe. No torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pydantic import TypeAdapter
 
 from model.roles import Role
 
+
+class Identified(Protocol):
+    """Any kind of job."""
+
+    @property
+    def id(self) -> str: ...
+
+
 T = TypeVar("T")
+JobT = TypeVar("JobT", bound=Identified)
+ProgressT = TypeVar("ProgressT")
+ResultT = TypeVar("ResultT")
 
 
 class JobStatus(StrEnum):
@@ -123,28 +135,112 @@ class JobResult:
 
 
 @dataclass(frozen=True, slots=True)
-class JobRecord:
+class TrainingJob:
+    """One accepted training, complete: `recipe` is the whole recipe as JSON, its overrides applied.
+
+    Attributes:
+        adapter: name under which the result is published.
+        dataset: name of a directory among the server's datasets; None trains on the recipe's own records.
+    """
+
+    id: str
+    adapter: str
+    recipe: dict[str, Any]
+    dataset: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingProgress:
+    """Where a running training is. `losses`: of the last step, without those that had nothing to measure; the speed
+    is a moving average, 0 while it is unknown.
+    """
+
+    stage: str
+    step: int
+    total: int
+    losses: dict[str, float]
+    samples_per_second: float
+    seconds_per_step: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """The published adapter: `version` is the sha256 of its released-format file. `losses`: of the last step."""
+
+    adapter: str
+    version: str
+    steps: int
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord(Generic[JobT, ProgressT, ResultT]):
     """The ledger's whole knowledge of a job at one moment. Times are Unix seconds by Redis' clock."""
 
-    job: CustomizeJob
+    job: JobT
     status: JobStatus
     attempt: int
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
-    progress: Progress | None = None
+    progress: ProgressT | None = None
     cancel_requested: bool = False
-    result: JobResult | None = None
+    result: ResultT | None = None
     error: JobError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[JobT, ProgressT, ResultT]):
+    """One kind of job, and where its things lie in Redis.
+
+    Attributes:
+        root: prefix of its records' keys.
+        queue: RQ's queue by which its deliveries travel.
+        function: all that such a delivery can make a worker call.
+        cards: key of its live workers.
+    """
+
+    root: str
+    queue: str
+    function: str
+    cards: str
+    job: type[JobT]
+    progress: type[ProgressT]
+    result: type[ResultT]
+
+
+CUSTOMIZE = Kind(
+    "dreamserve:",
+    "customize",
+    "workers.inference.customize",
+    "dreamserve:workers",
+    CustomizeJob,
+    Progress,
+    JobResult,
+)
+TRAINING = Kind(
+    "dreamserve:training:",
+    "training",
+    "workers.training.worker.train",
+    "dreamserve:training-workers",
+    TrainingJob,
+    TrainingProgress,
+    TrainingResult,
+)
+AnyKind = Kind[Any, Any, Any]
+
+CustomizeRecord = JobRecord[CustomizeJob, Progress, JobResult]
+TrainingRecord = JobRecord[TrainingJob, TrainingProgress, TrainingResult]
+
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {
-    kind: TypeAdapter(kind) for kind in (CustomizeJob, Progress, JobError, JobResult)
+    kind: TypeAdapter(kind)
+    for kind in (CustomizeJob, Progress, JobError, JobResult, TrainingJob, TrainingProgress, TrainingResult)
 }
 
 
-def encode(value: CustomizeJob | Progress | JobError | JobResult) -> str:
-    """The value as compact JSON."""
+def encode(value: object) -> str:
+    """One of the values above as compact JSON."""
     return _ADAPTERS[type(value)].dump_json(value).decode()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import redis
 from pydantic import ValidationError
@@ -21,17 +21,23 @@ from workers.jobs import (
     JobRecord,
     JobResult,
     JobStatus,
+    JobT,
+    Kind,
     Progress,
+    ProgressT,
+    ResultT,
+    TrainingJob,
+    TrainingProgress,
+    TrainingResult,
     decode,
     encode,
 )
 
 T = TypeVar("T")
 
-ROOT: Final = "dreamserve:"
 Beat = Literal["ok", "canceled", "lost"]
 Ids = list[str]
-Page = tuple[list[JobRecord], str | None]
+Page = tuple[list[JobRecord[JobT, ProgressT, ResultT]], str | None]
 
 WORKER_LOST = JobError(
     "worker_lost", "Each worker that took this job was lost before it ended: submit it again.", retryable=True
@@ -42,8 +48,8 @@ class DamagedRecordError(Exception):
     """A record in Redis is not one that this ledger writes. The message holds nothing of its content."""
 
 
-class Ledger:
-    """All jobs of one Redis.
+class Ledger(Generic[JobT, ProgressT, ResultT]):
+    """All jobs of one kind in one Redis.
 
     Args:
         redis: a client; see `queues.connect`.
@@ -53,9 +59,16 @@ class Ledger:
     """
 
     def __init__(
-        self, redis: redis.Redis, *, job_ttl_s: int = 86_400, lease_s: float = 10.0, max_attempts: int = 3
+        self,
+        redis: redis.Redis,
+        kind: Kind[JobT, ProgressT, ResultT],
+        *,
+        job_ttl_s: int = 86_400,
+        lease_s: float = 10.0,
+        max_attempts: int = 3,
     ) -> None:
         self.redis = redis
+        self.kind = kind
         self.job_ttl_s = job_ttl_s
         self.lease_s = lease_s
         self.max_attempts = max_attempts
@@ -63,24 +76,27 @@ class Ledger:
         self._claim = redis.register_script(scripts.CLAIM)
         self._beat = redis.register_script(scripts.BEAT)
         self._end = redis.register_script(scripts.END)
+        self._hand_back = redis.register_script(scripts.HAND_BACK)
         self._cancel = redis.register_script(scripts.CANCEL)
         self._reap = redis.register_script(scripts.REAP)
         self._waiting = redis.register_script(scripts.WAITING)
 
-    def accept(self, job: CustomizeJob) -> bool:
+    def accept(self, job: JobT) -> bool:
         """Record a job as queued; False, and nothing changed, if its id was already accepted."""
         return self._call(self._accept, job.id, encode(job), secrets.token_hex(8)) == 1
 
-    def get(self, job_id: str) -> JobRecord | None:
+    def get(self, job_id: str) -> JobRecord[JobT, ProgressT, ResultT] | None:
         """The record as it is now; None if there never was one or it has expired.
 
         Raises:
             DamagedRecordError: what Redis holds is not a record.
         """
-        fields: dict[Any, Any] = self.redis.hgetall(f"{ROOT}job:{job_id}")  # pyright: ignore[reportAssignmentType]  # the sync client never returns an awaitable
-        return _record(fields.items()) if fields else None
+        fields: dict[Any, Any] = self.redis.hgetall(f"{self.kind.root}job:{job_id}")  # pyright: ignore[reportAssignmentType]  # the sync client never returns an awaitable
+        return self._record(fields.items()) if fields else None
 
-    def list(self, cursor: str | None = None, limit: int = 20, status: JobStatus | None = None) -> Page:
+    def list(
+        self, cursor: str | None = None, limit: int = 20, status: JobStatus | None = None
+    ) -> Page[JobT, ProgressT, ResultT]:
         """Up to `limit` records, newest first, and the cursor of the next page (None at the end).
 
         Raises:
@@ -88,8 +104,8 @@ class Ledger:
         """
         if limit < 1 or (cursor is not None and not (cursor.isascii() and cursor.isdecimal())):
             raise ValueError("a cursor is a whole number and a limit at least 1")
-        index = f"{ROOT}status:{status}" if status else f"{ROOT}jobs"
-        found: list[JobRecord] = []
+        index = f"{self.kind.root}status:{status}" if status else f"{self.kind.root}jobs"
+        found: list[JobRecord[JobT, ProgressT, ResultT]] = []
         below = f"({cursor}" if cursor else "+inf"
         while True:
             page: list[tuple[Any, float]] = self.redis.zrevrangebyscore(  # pyright: ignore[reportAssignmentType]  # sync client
@@ -109,7 +125,7 @@ class Ledger:
         """A fencing token greater than all before it, and a lease; None unless the job is queued."""
         return self._call(self._claim, job_id, worker, secrets.token_hex(8), self.lease_s) or None
 
-    def beat(self, job_id: str, token: int, progress: Progress | None = None) -> Beat:
+    def beat(self, job_id: str, token: int, progress: ProgressT | None = None) -> Beat:
         """Renew the lease and, if given, publish progress.
 
         Returns:
@@ -117,7 +133,7 @@ class Ledger:
         """
         return _text(self._call(self._beat, job_id, token, encode(progress) if progress else "", self.lease_s))  # pyright: ignore[reportReturnType]  # the script answers one of the three
 
-    def commit(self, job_id: str, token: int, result: JobResult) -> bool:
+    def commit(self, job_id: str, token: int, result: ResultT) -> bool:
         """Running → succeeded; False if the token no longer holds. May be repeated after a lost reply."""
         return self._call(self._end, job_id, token, JobStatus.SUCCEEDED, "result", encode(result)) == 1
 
@@ -129,14 +145,18 @@ class Ledger:
         """Running → canceled, by the worker that saw the request; False if nobody asked or it is stale."""
         return self._call(self._end, job_id, token, JobStatus.CANCELED, "", "") == 1
 
-    def cancel(self, job_id: str) -> JobRecord | None:
+    def hand_back(self, job_id: str, token: int) -> bool:
+        """Running → queued, by a worker that leaves before the end; False if the token no longer holds. Ring for it."""
+        return self._call(self._hand_back, job_id, token) == 1
+
+    def cancel(self, job_id: str) -> JobRecord[JobT, ProgressT, ResultT] | None:
         """The record afterwards: queued ends at once, running is asked to stop, terminal is unchanged."""
         flat = self._call(self._cancel, job_id)
-        return _record(zip(flat[::2], flat[1::2], strict=True)) if flat else None
+        return self._record(zip(flat[::2], flat[1::2], strict=True)) if flat else None
 
     def position(self, job_id: str) -> int | None:
         """How many queued jobs are ahead of this queued one."""
-        return self.redis.zrank(f"{ROOT}status:queued", job_id)  # pyright: ignore[reportReturnType]  # sync client
+        return self.redis.zrank(f"{self.kind.root}status:queued", job_id)  # pyright: ignore[reportReturnType]  # sync client
 
     def reap(self) -> Ids:
         """Take back the jobs whose lease has lapsed.
@@ -152,33 +172,36 @@ class Ledger:
         return [_text(job) for job in self._call(self._waiting, age_s)]
 
     def _call(self, script: Any, *arguments: str | float) -> Any:
-        return script(keys=[ROOT], args=[self.job_ttl_s, *arguments])
+        return script(keys=[self.kind.root], args=[self.job_ttl_s, *arguments])
 
-    def _readable(self, job_id: str) -> JobRecord | None:
+    def _readable(self, job_id: str) -> JobRecord[JobT, ProgressT, ResultT] | None:
         """One damaged record must not hide the others from a list."""
         try:
             return self.get(job_id)
         except DamagedRecordError:
             return None
 
+    def _record(self, fields: Iterable[tuple[Any, Any]]) -> JobRecord[JobT, ProgressT, ResultT]:
+        try:
+            values = {_text(name): _text(value) for name, value in fields}
+            return JobRecord(
+                job=decode(self.kind.job, values["job"]),
+                status=JobStatus(values["status"]),
+                attempt=int(values["attempt"]),
+                created_at=float(values["created_at"]),
+                started_at=_seconds(values.get("started_at")),
+                finished_at=_seconds(values.get("finished_at")),
+                progress=_part(self.kind.progress, values.get("progress")),
+                cancel_requested=values.get("cancel_requested") == "1",
+                result=_part(self.kind.result, values.get("result")),
+                error=_part(JobError, values.get("error")),
+            )
+        except (ValidationError, KeyError, ValueError):  # from None: a validation error quotes its input
+            raise DamagedRecordError("a job record in Redis is damaged") from None
 
-def _record(fields: Iterable[tuple[Any, Any]]) -> JobRecord:
-    try:
-        values = {_text(name): _text(value) for name, value in fields}
-        return JobRecord(
-            job=decode(CustomizeJob, values["job"]),
-            status=JobStatus(values["status"]),
-            attempt=int(values["attempt"]),
-            created_at=float(values["created_at"]),
-            started_at=_seconds(values.get("started_at")),
-            finished_at=_seconds(values.get("finished_at")),
-            progress=_part(Progress, values.get("progress")),
-            cancel_requested=values.get("cancel_requested") == "1",
-            result=_part(JobResult, values.get("result")),
-            error=_part(JobError, values.get("error")),
-        )
-    except (ValidationError, KeyError, ValueError):  # from None: a validation error quotes its input
-        raise DamagedRecordError("a job record in Redis is damaged") from None
+
+CustomizeLedger = Ledger[CustomizeJob, Progress, JobResult]
+TrainingLedger = Ledger[TrainingJob, TrainingProgress, TrainingResult]
 
 
 def _part(kind: type[T], text: str | None) -> T | None:

@@ -40,6 +40,13 @@ local function finish(id, to)
   redis.call('EXPIRE', record(id), ttl)
 end
 
+local function requeue(id)
+  redis.call('ZREM', root .. 'leases', id)
+  redis.call('HDEL', record(id), 'token', 'claim_nonce', 'worker', 'progress', 'started_at')
+  set(id, 'queued_at', stamp(now))
+  move(id, 'queued')
+end
+
 local function forget()
   local old = redis.call('ZRANGEBYSCORE', root .. 'expiring', '-inf', stamp(now), 'LIMIT', 0, 100)
   for _, id in ipairs(old) do
@@ -98,6 +105,14 @@ return 1
 """
 """Commit, fail and release: a token that no longer holds is refused, one's own repeated call is not."""
 
+HAND_BACK = f"""{_PRELUDE}
+local id, token = ARGV[2], ARGV[3]
+if get(id, 'status') ~= 'running' or not holds(id, token) then return 0 end
+requeue(id)
+return 1
+"""
+"""Running → queued by a worker that leaves: no attempt is charged. Asked again, it finds no token that holds."""
+
 CANCEL = f"""{_PRELUDE}
 local id = ARGV[2]
 local status = get(id, 'status')
@@ -125,9 +140,7 @@ for _, id in ipairs(due) do
       finish(id, 'failed')
     else
       redis.call('HINCRBY', record(id), 'attempt', 1)
-      redis.call('HDEL', record(id), 'worker', 'progress', 'started_at')
-      set(id, 'queued_at', stamp(now))
-      move(id, 'queued')
+      requeue(id)
       table.insert(requeued, id)
     end
   end

@@ -23,12 +23,10 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.utils import import_attribute
 
-QUEUE: Final = "customize"
-CUSTOMIZE: Final = "workers.inference.customize"
-FUNCTIONS: Final = frozenset({CUSTOMIZE})
-"""Everything that a delivery can make a worker call."""
+from workers.jobs import CUSTOMIZE, TRAINING, AnyKind
 
-CARDS: Final = "dreamserve:workers"
+QUEUES: Final = {kind.function: kind.queue for kind in (CUSTOMIZE, TRAINING)}
+"""Everything that a delivery can make a worker call, and by which queue it travels."""
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAX_CALL_BYTES = 4096
@@ -59,38 +57,38 @@ class DreamJob(Job):
             NoSuchJobError: the hash is not a call on the list; RQ passes over such entries.
         """
         try:
-            arguments = _call_of(raw_data[b"data"])
+            function, arguments = _call_of(raw_data[b"data"])
         except (KeyError, ValueError, TypeError, RecursionError, zlib.error):
             _LOG.warning("delivery refused", job_id=self.id)
             raise NoSuchJobError("the hash is not a delivery") from None
-        self._func_name = CUSTOMIZE
+        self._func_name = function
         self._instance = None
         self._args = arguments
         self._kwargs = {}
-        self.origin = QUEUE
+        self.origin = QUEUES[function]
         self.timeout = -1
 
     @property
     def func(self) -> Callable[..., Any]:
         """The function to call, looked up only if it is on the list."""
-        if self.func_name not in FUNCTIONS:
+        if self.func_name not in QUEUES:
             raise NoSuchJobError("the function is not on the list")
         return import_attribute(self.func_name)
 
 
-def queue(client: redis.Redis) -> Queue:
-    """The one queue, by which all deliveries travel."""
-    return Queue(QUEUE, connection=client, serializer=JSONSerializer, job_class=DreamJob, default_timeout=-1)
+def queue(client: redis.Redis, kind: AnyKind) -> Queue:
+    """The queue by which deliveries of a kind travel."""
+    return Queue(kind.queue, connection=client, serializer=JSONSerializer, job_class=DreamJob, default_timeout=-1)
 
 
-def ring(client: redis.Redis, job_id: str, *, at_front: bool = False) -> None:
+def ring(client: redis.Redis, kind: AnyKind, job_id: str, *, at_front: bool = False) -> None:
     """Put a delivery for an accepted job into RQ; one that is already there stays the only one."""
     try:
-        queue(client).enqueue_call(
-            CUSTOMIZE,
+        queue(client, kind).enqueue_call(
+            kind.function,
             args=(job_id,),
             job_id=job_id,
-            description=CUSTOMIZE,
+            description=kind.function,
             timeout=-1,
             result_ttl=0,
             at_front=at_front,
@@ -100,57 +98,57 @@ def ring(client: redis.Redis, job_id: str, *, at_front: bool = False) -> None:
         return
 
 
-def ring_again(client: redis.Redis, job_id: str) -> None:
+def ring_again(client: redis.Redis, kind: AnyKind, job_id: str) -> None:
     """Deliver once more, at the front, whatever a lost worker has left of the last delivery."""
-    deliveries = queue(client)
+    deliveries = queue(client, kind)
     with client.pipeline() as pipeline:
         pipeline.lrem(deliveries.key, 0, job_id)
         _drop(pipeline, deliveries, job_id)
         pipeline.execute()
-    ring(client, job_id, at_front=True)
+    ring(client, kind, job_id, at_front=True)
 
 
-def ring_missing(client: redis.Redis, job_ids: Iterable[str]) -> list[str]:
+def ring_missing(client: redis.Redis, kind: AnyKind, job_ids: Iterable[str]) -> list[str]:
     """Deliver again those of the given queued jobs that RQ does not hold; returns them."""
-    held = set(_texts(client.lrange(queue(client).key, 0, -1)))
+    held = set(_texts(client.lrange(queue(client, kind).key, 0, -1)))
     missing = [job_id for job_id in job_ids if job_id not in held]
     for job_id in missing:
-        ring_again(client, job_id)
+        ring_again(client, kind, job_id)
     return missing
 
 
-def acknowledge(client: redis.Redis, job_id: str) -> None:
+def acknowledge(client: redis.Redis, kind: AnyKind, job_id: str) -> None:
     """Take a received delivery out of RQ; from here the ledger's lease watches over the job."""
     with client.pipeline() as pipeline:
-        _drop(pipeline, queue(client), job_id)
+        _drop(pipeline, queue(client, kind), job_id)
         pipeline.execute()
 
 
-def announce(client: redis.Redis, name: str, card: dict[str, Any], ttl_s: float) -> None:
+def announce(client: redis.Redis, kind: AnyKind, name: str, card: dict[str, Any], ttl_s: float) -> None:
     """Publish what a worker is and does, for `ttl_s` seconds."""
     with client.pipeline() as pipeline:
-        pipeline.set(f"{CARDS}:{name}", json.dumps({**card, "name": name}), px=int(ttl_s * 1000))
-        pipeline.sadd(CARDS, name)
+        pipeline.set(f"{kind.cards}:{name}", json.dumps({**card, "name": name}), px=int(ttl_s * 1000))
+        pipeline.sadd(kind.cards, name)
         pipeline.execute()
 
 
-def withdraw(client: redis.Redis, name: str) -> None:
+def withdraw(client: redis.Redis, kind: AnyKind, name: str) -> None:
     """Take a worker's card away as it leaves."""
     with client.pipeline() as pipeline:
-        pipeline.delete(f"{CARDS}:{name}")
-        pipeline.srem(CARDS, name)
+        pipeline.delete(f"{kind.cards}:{name}")
+        pipeline.srem(kind.cards, name)
         pipeline.execute()
 
 
-def workers(client: redis.Redis) -> list[dict[str, Any]]:
+def workers(client: redis.Redis, kind: AnyKind) -> list[dict[str, Any]]:
     """The cards of all workers that were heard of lately, by name."""
-    names = sorted(_texts(client.smembers(CARDS)))
+    names = sorted(_texts(client.smembers(kind.cards)))
     if not names:
         return []
-    cards: Any = client.mget([f"{CARDS}:{name}" for name in names])
+    cards: Any = client.mget([f"{kind.cards}:{name}" for name in names])
     gone = [name for name, card in zip(names, cards, strict=True) if card is None]
     if gone:
-        client.srem(CARDS, *gone)
+        client.srem(kind.cards, *gone)
     return [json.loads(card) for card in cards if card is not None]
 
 
@@ -164,8 +162,8 @@ def _drop(pipeline: Any, deliveries: Queue, job_id: str) -> None:
     pipeline.delete(DreamJob.key_for(job_id))
 
 
-def _call_of(data: bytes) -> tuple[str]:
-    """The arguments of the one permitted call.
+def _call_of(data: bytes) -> tuple[str, tuple[str]]:
+    """A permitted call: the function's name and its arguments.
 
     Raises:
         ValueError, TypeError, RecursionError, zlib.error: anything else.
@@ -175,9 +173,9 @@ def _call_of(data: bytes) -> tuple[str]:
     if inflate.unconsumed_tail:
         raise ValueError("a call of unusual size")
     function, instance, arguments, keywords = json.loads(text)
-    if function not in FUNCTIONS or instance is not None or keywords:
+    if function not in QUEUES or instance is not None or keywords:
         raise ValueError("a call that is not on the list")
     (job_id,) = arguments
     if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
         raise ValueError("a call with other arguments")
-    return (job_id,)
+    return function, (job_id,)

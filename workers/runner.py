@@ -22,8 +22,9 @@ from model.errors import ModelError
 from model.spec import ModelSpec
 from workers import pictures
 from workers.artifacts import ArtifactError, ArtifactStore
+from workers.caretaker import Claim
 from workers.jobs import CustomizeJob, ImageArtifact, JobError, JobResult, Progress
-from workers.ledger import DamagedRecordError, Ledger
+from workers.ledger import CustomizeLedger, DamagedRecordError
 from workers.pictures import PictureError, PictureLimits
 from workers.requests import compose_request
 from workers.settings import WorkerSettings
@@ -49,15 +50,6 @@ class HotPipeline(Protocol):
     def decode(self, run: Any) -> NDArray[np.uint8]: ...
 
 
-@dataclass(slots=True)
-class Claim:
-    """The job in hand. `moved_at`: monotonic second of its last progress; the caretaker reads it."""
-
-    job_id: str
-    token: int
-    moved_at: float
-
-
 class _StoppedError(Exception):
     """The ledger answered a beat with something else than ok."""
 
@@ -71,7 +63,7 @@ class JobRunner:
     """Runs claimed jobs on one hot pipeline, one at a time. `claim` is the one in hand."""
 
     pipeline: HotPipeline
-    ledger: Ledger
+    ledger: CustomizeLedger
     store: ArtifactStore
     settings: WorkerSettings
     worker: str
@@ -96,6 +88,9 @@ class JobRunner:
             self.claim = None
         _LOG.info("job ended", job_id=job_id, state=state, seconds=round(time.monotonic() - started, 3))
 
+    def stop(self) -> None:
+        """The running job is finished first."""
+
 
 @dataclass(slots=True)
 class _Attempt:
@@ -109,18 +104,19 @@ class _Attempt:
     def run(self) -> str:
         """Make the pictures and write the end into the ledger; returns the end's name for the log."""
         job_id, token, ledger = self.claim.job_id, self.claim.token, self.runner.ledger
+        patience = self.runner.settings.commit_patience_s
         try:
             result = self._make()
         except _StoppedError as stopped:
             if stopped.reason == "canceled":
-                self._insist(lambda: ledger.release_canceled(job_id, token))
+                insist(lambda: ledger.release_canceled(job_id, token), patience)
             state = stopped.reason
         except Exception as error:  # noqa: BLE001 - the outermost task shell: nothing may pass it unrecorded
             reason = job_error(error)
             _LOG.warning("job failed", job_id=job_id, code=reason.code, exception=type(error).__name__)
-            state = "failed" if self._insist(lambda: ledger.fail(job_id, token, reason)) else "lost"
+            state = "failed" if insist(lambda: ledger.fail(job_id, token, reason), patience) else "lost"
         else:
-            if self._insist(lambda: ledger.commit(job_id, token, result)):
+            if insist(lambda: ledger.commit(job_id, token, result), patience):
                 return "succeeded"
             state = "lost"
         for image in self.published:
@@ -198,16 +194,21 @@ class _Attempt:
         finally:
             self.timings[phase] = self.timings.get(phase, 0.0) + time.perf_counter() - started
 
-    def _insist(self, write: Callable[[], bool]) -> bool:
-        """Write an end, for as long as the settings' patience lasts; the scripts bear repetition."""
-        deadline = time.monotonic() + self.runner.settings.commit_patience_s
-        while True:
-            try:
-                return write()
-            except RedisError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
+
+def insist(write: Callable[[], bool], patience_s: float) -> bool:
+    """Write an end, for as long as the patience lasts; the ledger's scripts bear repetition.
+
+    Raises:
+        redis.exceptions.RedisError: Redis was away for longer.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return write()
+        except RedisError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def job_error(error: Exception) -> JobError:

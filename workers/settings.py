@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SHIPPED_MODEL = str(files("model") / "tiny")
@@ -28,6 +28,9 @@ class QueueSettings(BaseSettings):
         turbo: whether the Turbo adapter is in the stack.
         job_ttl_s: how long a record stays after its job has ended.
         lease_s: a worker that is silent for so long has lost its job.
+        recipes_dir: training recipes beside the shipped ones.
+        datasets_dir: each directory in it is a dataset that a training can name; None: `datasets` in `state_dir`.
+        adapters_dir: where trained adapters are published; None: `adapters` in `state_dir`.
     """
 
     model_config = SettingsConfigDict(env_prefix="DREAMSERVE_", env_ignore_empty=True, extra="ignore", frozen=True)
@@ -39,11 +42,24 @@ class QueueSettings(BaseSettings):
     turbo: bool = True
     job_ttl_s: int = Field(default=86_400, ge=1)
     lease_s: float = Field(default=10.0, gt=0)
+    recipes_dir: Path | None = None
+    datasets_dir: Path | None = None
+    adapters_dir: Path | None = None
 
     @property
     def artifact_root(self) -> Path:
         """Where references and finished pictures lie."""
         return self.state_dir / "artifacts"
+
+    @property
+    def dataset_root(self) -> Path:
+        """Where the datasets lie."""
+        return self.datasets_dir or self.state_dir / "datasets"
+
+    @property
+    def adapter_root(self) -> Path:
+        """Where trained adapters lie."""
+        return self.adapters_dir or self.state_dir / "adapters"
 
 
 class WorkerSettings(QueueSettings):
@@ -66,3 +82,31 @@ class WorkerSettings(QueueSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     commit_patience_s: float = Field(default=60.0, ge=0)
     stall_s: float = Field(default=600.0, gt=0)
+
+
+class TrainingSettings(QueueSettings):
+    """What a training worker needs besides; it trains on `base_model`.
+
+    Attributes:
+        commit_patience_s: how long a finished training waits for a Redis that is away.
+        stall_s: a training without any progress for so long gives up its lease.
+        max_attempts: workers that a training may lose before it fails.
+    """
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    commit_patience_s: float = Field(default=600.0, ge=0)
+    stall_s: float = Field(default=3600.0, gt=0)
+    max_attempts: int = Field(default=10, ge=1)
+
+    @property
+    def run_root(self) -> Path:
+        """Where running trainings keep their checkpoints."""
+        return self.state_dir / "trainings"
+
+
+def describe_bad_settings(error: ValidationError) -> str:
+    """One line that names each wrong variable, without its value: it may be a URL with a password."""
+    return "; ".join(
+        f"DREAMSERVE_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+        for item in error.errors(include_input=False, include_url=False, include_context=False)
+    )

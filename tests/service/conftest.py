@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.settings import GatewaySettings
 from workers.artifacts import ArtifactStore
-from workers.jobs import ImageArtifact, JobResult
-from workers.ledger import Ledger
+from workers.jobs import CUSTOMIZE, TRAINING, ImageArtifact, JobResult
+from workers.ledger import CustomizeLedger, Ledger, TrainingLedger
 from workers.redis_process import RedisProcess, start_redis
 
 TRIGGER = "generate a same style image."
@@ -58,8 +58,10 @@ class Bench:
 
     client: TestClient
     redis: redis.Redis
-    ledger: Ledger
+    ledger: CustomizeLedger
+    trainings: TrainingLedger
     store: ArtifactStore
+    home: Path
 
     def submit(self, **changes: Any) -> dict[str, Any]:
         """An accepted job's body."""
@@ -104,7 +106,16 @@ def settings(url: str, state: Path, model: Path, **changes: Any) -> GatewaySetti
 def bench(redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iterator[Bench]:
     client = redis.Redis.from_url(redis_server.url)
     client.flushdb()
-    app = create_app(settings(redis_server.url, tmp_path, model_dir, max_body_bytes=2**20))
+    app = create_app(
+        settings(redis_server.url, tmp_path, model_dir, max_body_bytes=2**20, recipes_dir=tmp_path / "recipes")
+    )
     with TestClient(app) as caller:
-        yield Bench(caller, client, Ledger(client), app.state.gateway.store)
+        yield Bench(
+            caller,
+            client,
+            Ledger(client, CUSTOMIZE),
+            Ledger(client, TRAINING),
+            app.state.gateway.store,
+            tmp_path,
+        )
     client.close()

@@ -10,8 +10,8 @@ from PIL import Image
 
 from workers import queues
 from workers.artifacts import ArtifactStore
-from workers.jobs import ImageArtifact, JobError, JobResult, Progress
-from workers.ledger import Ledger
+from workers.jobs import CUSTOMIZE, ImageArtifact, JobError, JobResult, Progress
+from workers.ledger import CustomizeLedger, Ledger
 from workers.settings import QueueSettings
 
 
@@ -20,15 +20,15 @@ def main() -> None:
     settings = QueueSettings()
     assert settings.redis_url is not None
     client = queues.connect(settings.redis_url)
-    ledger, store = Ledger(client), ArtifactStore(settings.artifact_root)
+    ledger, store = Ledger(client, CUSTOMIZE), ArtifactStore(settings.artifact_root)
     while True:
-        queues.announce(client, f"fake-{os.getpid()}", {"state": "ready", "pid": os.getpid()}, 10.0)
+        queues.announce(client, CUSTOMIZE, f"fake-{os.getpid()}", {"state": "ready", "pid": os.getpid()}, 10.0)
         for job_id in ledger.waiting(0.0):
             _run(ledger, store, job_id)
         time.sleep(0.02)
 
 
-def _run(ledger: Ledger, store: ArtifactStore, job_id: str) -> None:
+def _run(ledger: CustomizeLedger, store: ArtifactStore, job_id: str) -> None:
     token = ledger.claim(job_id, "fake")
     record = ledger.get(job_id)
     if token is None or record is None:

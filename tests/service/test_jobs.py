@@ -10,7 +10,7 @@ import pytest
 from service.problems import MEDIA_TYPE
 from tests.service.conftest import Bench, picture
 from workers import queues
-from workers.jobs import JobError, Progress
+from workers.jobs import CUSTOMIZE, JobError, Progress
 
 
 def test_queued_running_succeeded(bench: Bench) -> None:
@@ -189,8 +189,8 @@ def test_readiness_and_models_show_live_workers(bench: Bench) -> None:
     assert bench.client.get("/livez").json() == {"status": "live"}
     assert bench.client.get("/readyz").json() == {"status": "ready", "workers_ready": 0}
     card = {"device": "cpu", "dtype": "float32", "model": "unit", "pid": 1, "state": "ready"}
-    queues.announce(bench.redis, "worker-a", card, 30.0)
-    queues.announce(bench.redis, "worker-b", {**card, "state": "loading"}, 30.0)
+    queues.announce(bench.redis, CUSTOMIZE, "worker-a", card, 30.0)
+    queues.announce(bench.redis, CUSTOMIZE, "worker-b", {**card, "state": "loading"}, 30.0)
     assert bench.client.get("/readyz").json()["workers_ready"] == 1
     answer = bench.client.get("/v1/models").json()
     assert [worker["state"] for worker in answer["workers"]] == ["ready", "loading"]

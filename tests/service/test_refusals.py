@@ -102,6 +102,11 @@ SLIPS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 ELSEWHERE = {
+    "recipe_unknown": "test_trainings",
+    "recipe_unusable": "test_trainings",
+    "override_invalid": "test_trainings",
+    "dataset_missing": "test_trainings",
+    "dataset_unknown": "test_trainings",
     "malformed_json": "test_json",
     "json_too_complex": "test_json",
     "not_found": "test_jobs",

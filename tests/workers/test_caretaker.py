@@ -9,21 +9,28 @@ import redis
 
 from tests.workers.conftest import MakeJob
 from workers import queues
-from workers.caretaker import Caretaker
-from workers.jobs import JobStatus
-from workers.ledger import ROOT, Ledger
-from workers.runner import Claim
-from workers.settings import WorkerSettings
+from workers.caretaker import Caretaker, Claim
+from workers.jobs import CUSTOMIZE, JobStatus
+from workers.ledger import Ledger
 
 
 def caretaker_of(client: redis.Redis, claim: Claim | None) -> Caretaker:
-    settings = WorkerSettings(lease_s=30.0, stall_s=600.0)
-    return Caretaker(client, settings, "w", card=lambda: {"state": "ready"}, claim=lambda: claim)
+    ledger = Ledger(client, CUSTOMIZE, lease_s=30.0)
+    return Caretaker(
+        client,
+        CUSTOMIZE,
+        ledger,
+        "w",
+        card=lambda: {"state": "ready"},
+        claim=lambda: claim,
+        stall_s=600.0,
+        sweep=lambda: None,
+    )
 
 
 def lapsed(client: redis.Redis, make_job: MakeJob) -> int:
     """A running job whose lease has just lapsed; returns its token."""
-    ledger = Ledger(client, lease_s=0.0)
+    ledger = Ledger(client, CUSTOMIZE, lease_s=0.0)
     ledger.accept(make_job("job_1"))
     token = ledger.claim("job_1", "w")
     assert token is not None
@@ -39,18 +46,18 @@ def test_own_lease_comes_first_unless_stalled(
     """After an outage a living worker keeps its job; one whose forward hangs gives it up."""
     token = lapsed(client, make_job)
     caretaker_of(client, Claim("job_1", token, time.monotonic() - idle_s)).round()
-    record = Ledger(client).get("job_1")
+    record = Ledger(client, CUSTOMIZE).get("job_1")
     assert record is not None and record.status is status
-    assert queues.queue(client).get_job_ids() == ([] if status is JobStatus.RUNNING else ["job_1"])
+    assert queues.queue(client, CUSTOMIZE).get_job_ids() == ([] if status is JobStatus.RUNNING else ["job_1"])
 
 
 def test_jobs_of_others_are_taken_back(client: redis.Redis, make_job: MakeJob) -> None:
     """A lapsed lease of another worker: queued again and rung for; the round announces this worker as well."""
     lapsed(client, make_job)
     caretaker_of(client, None).round()
-    assert queues.queue(client).get_job_ids() == ["job_1"]
-    assert client.zcard(f"{ROOT}leases") == 0
-    assert queues.workers(client) == [{"state": "ready", "name": "w"}]
+    assert queues.queue(client, CUSTOMIZE).get_job_ids() == ["job_1"]
+    assert client.zcard(f"{CUSTOMIZE.root}leases") == 0
+    assert queues.workers(client, CUSTOMIZE) == [{"state": "ready", "name": "w"}]
 
 
 def test_halt_ends_the_thread_and_takes_the_card(client: redis.Redis) -> None:
@@ -58,9 +65,9 @@ def test_halt_ends_the_thread_and_takes_the_card(client: redis.Redis) -> None:
     caretaker = caretaker_of(client, None)
     caretaker.start()
     deadline = time.monotonic() + 10
-    while not queues.workers(client) and time.monotonic() < deadline:
+    while not queues.workers(client, CUSTOMIZE) and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert queues.workers(client)
+    assert queues.workers(client, CUSTOMIZE)
     caretaker.halt()
     assert not caretaker.is_alive()
-    assert queues.workers(client) == []
+    assert queues.workers(client, CUSTOMIZE) == []

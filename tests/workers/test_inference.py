@@ -21,8 +21,8 @@ from tests.workers.conftest import MakeJob
 from tests.workers.standin import LOADS, picture
 from workers import queues
 from workers.artifacts import ArtifactStore
-from workers.jobs import CustomizeJob, JobRecord, JobStatus
-from workers.ledger import ROOT, Ledger
+from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, JobStatus
+from workers.ledger import Ledger
 from workers.pictures import PictureLimits, decode
 from workers.redis_process import RedisProcess, start_redis
 
@@ -52,7 +52,7 @@ class Crew:
 
     def __post_init__(self) -> None:
         self.client = queues.connect(self.redis.url)
-        self.ledger = Ledger(self.client, lease_s=LEASE_S)
+        self.ledger = Ledger(self.client, CUSTOMIZE, lease_s=LEASE_S)
         self.store = ArtifactStore(self.home / "artifacts")
 
     @property
@@ -83,32 +83,32 @@ class Crew:
         wait_for(lambda: {card["pid"] for card in self.cards() if card["state"] == "ready"} >= pids, "readiness")
 
     def cards(self) -> list[dict[str, object]]:
-        return queues.workers(self.client)
+        return queues.workers(self.client, CUSTOMIZE)
 
     def submit(self, make_job: MakeJob, **changes: object) -> CustomizeJob:
         self.jobs += 1
         job = make_job(f"job_{self.jobs}", **changes)
         assert self.ledger.accept(job)
-        queues.ring(self.client, job.id)
+        queues.ring(self.client, CUSTOMIZE, job.id)
         return job
 
     def held_by(self, job: CustomizeJob) -> subprocess.Popen[bytes]:
         """The process that has taken one step of a gated job."""
         wait_for(lambda: (p := self.record(job).progress) and p.phase == "denoise" and p.step == 1, "a first step")
-        name: bytes = self.client.hget(f"{ROOT}job:{job.id}", "worker")  # pyright: ignore[reportAssignmentType]  # sync client
+        name: bytes = self.client.hget(f"{CUSTOMIZE.root}job:{job.id}", "worker")  # pyright: ignore[reportAssignmentType]  # sync client
         pid = int(name.decode().rpartition(".")[2])
         return next(process for process in self.processes if process.pid == pid)
 
     def open_gate(self, name: str) -> None:
         (self.home / name).touch()
 
-    def record(self, job: CustomizeJob) -> JobRecord:
+    def record(self, job: CustomizeJob) -> CustomizeRecord:
         found = self.ledger.get(job.id)
         assert found is not None
         return found
 
-    def ended(self, job: CustomizeJob) -> JobRecord:
-        def look() -> JobRecord | None:
+    def ended(self, job: CustomizeJob) -> CustomizeRecord:
+        def look() -> CustomizeRecord | None:
             try:
                 found = self.record(job)
             except redis.RedisError:
@@ -117,7 +117,7 @@ class Crew:
 
         return wait_for(look, f"the end of {job.id}")
 
-    def check_pictures(self, record: JobRecord) -> None:
+    def check_pictures(self, record: CustomizeRecord) -> None:
         """The committed pictures are the right ones, byte for byte."""
         assert record.status is JobStatus.SUCCEEDED and record.result is not None
         job = record.job
@@ -153,7 +153,7 @@ def test_two_workers_many_jobs(crew: Crew, make_job: MakeJob) -> None:
     assert sorted(crew.loads()) == sorted(process.pid for process in crew.processes)
     assert crew.client.keys("rq:job:*") == []
     assert crew.client.llen("rq:queue:customize:intermediate") == 0
-    assert crew.client.zcard(f"{ROOT}leases") == 0
+    assert crew.client.zcard(f"{CUSTOMIZE.root}leases") == 0
     card = crew.cards()[0]
     assert {"pid", "state", "model", "device", "dtype", "name"} <= card.keys()
     assert card["model"] == "standin"
@@ -254,12 +254,12 @@ def test_sigterm_ends_the_running_job_first(crew: Crew, make_job: MakeJob) -> No
     crew.check_pictures(record)
     assert record.attempt == 1
     assert crew.record(left).status is JobStatus.QUEUED
-    assert queues.queue(crew.client).get_job_ids() == [left.id]
+    assert queues.queue(crew.client, CUSTOMIZE).get_job_ids() == [left.id]
     assert crew.cards() == []
 
     crew.ledger.cancel(left.id)
     assert crew.spawn("--burst").wait(60) == 0, "a burst worker ends when nothing is left"
-    assert queues.queue(crew.client).get_job_ids() == []
+    assert queues.queue(crew.client, CUSTOMIZE).get_job_ids() == []
     assert crew.record(left).status is JobStatus.CANCELED
 
 

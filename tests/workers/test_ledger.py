@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from tests.workers.conftest import MakeJob
-from workers.jobs import ImageArtifact, JobError, JobRecord, JobResult, JobStatus, Progress
-from workers.ledger import ROOT, DamagedRecordError, Ledger
+from workers.jobs import (
+    CUSTOMIZE,
+    TRAINING,
+    CustomizeRecord,
+    ImageArtifact,
+    JobError,
+    JobResult,
+    JobStatus,
+    Progress,
+    TrainingJob,
+)
+from workers.ledger import CustomizeLedger, DamagedRecordError, Ledger
 
 RESULT = JobResult((ImageArtifact("job_1.1.0.png", "0" * 64, "image/png", 16, 32, 9, 7),), {"denoise_s": 0.5})
 ERROR = JobError("no_face", "Send a picture with a face.")
@@ -21,11 +31,11 @@ STEP = Progress("denoise", 1, 2)
 
 
 @pytest.fixture
-def ledger(client: redis.Redis) -> Ledger:
-    return Ledger(client)
+def ledger(client: redis.Redis) -> CustomizeLedger:
+    return Ledger(client, CUSTOMIZE)
 
 
-def running(ledger: Ledger, make_job: MakeJob, job_id: str = "job_1") -> int:
+def running(ledger: CustomizeLedger, make_job: MakeJob, job_id: str = "job_1") -> int:
     """Accept and claim; returns the token."""
     ledger.accept(make_job(job_id))
     token = ledger.claim(job_id, "w")
@@ -33,18 +43,18 @@ def running(ledger: Ledger, make_job: MakeJob, job_id: str = "job_1") -> int:
     return token
 
 
-def lapse(ledger: Ledger, job_id: str, token: int) -> None:
+def lapse(ledger: CustomizeLedger, job_id: str, token: int) -> None:
     """Let the claim's lease end now, by a beat that renews it for no time at all."""
-    assert Ledger(ledger.redis, lease_s=0.0).beat(job_id, token) in ("ok", "canceled")
+    assert Ledger(ledger.redis, CUSTOMIZE, lease_s=0.0).beat(job_id, token) in ("ok", "canceled")
 
 
-def record(ledger: Ledger, job_id: str = "job_1") -> JobRecord:
+def record(ledger: CustomizeLedger, job_id: str = "job_1") -> CustomizeRecord:
     found = ledger.get(job_id)
     assert found is not None
     return found
 
 
-def test_record_comes_back_as_it_went_in(ledger: Ledger, make_job: MakeJob) -> None:
+def test_record_comes_back_as_it_went_in(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """Everything of a job survives Redis: text of any script, metadata, 64-bit seeds."""
     job = make_job("job_1", seed=2**64 - 1, prompt='кот "猫" 🐈\n\\', metadata={"order": "42"})
     assert ledger.accept(job)
@@ -55,7 +65,7 @@ def test_record_comes_back_as_it_went_in(ledger: Ledger, make_job: MakeJob) -> N
     assert found.started_at is None and found.result is None
 
 
-def test_accept_twice_changes_nothing(ledger: Ledger, make_job: MakeJob) -> None:
+def test_accept_twice_changes_nothing(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """An id is accepted once; a second content under it does not replace the first, nor revive an ended job."""
     assert ledger.accept(make_job("job_1"))
     assert not ledger.accept(make_job("job_1"))
@@ -70,7 +80,7 @@ def test_lost_replies_of_accept_and_claim(client: redis.Redis, make_job: MakeJob
     """A client that resends after a lost reply gets the answer it missed, not a refusal."""
     for name, first in (("accept", True), ("claim", 1)):
         client.flushall()
-        ledger = Ledger(client)
+        ledger = Ledger(client, CUSTOMIZE)
         script = getattr(ledger, f"_{name}")
 
         def twice(*, keys: list[str], args: list[str], script: object = script) -> object:
@@ -82,7 +92,7 @@ def test_lost_replies_of_accept_and_claim(client: redis.Redis, make_job: MakeJob
         assert answers[name] == first
 
 
-def test_walk_to_success(ledger: Ledger, make_job: MakeJob) -> None:
+def test_walk_to_success(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """The whole way: progress is seen, the result stays, a repeated commit is still one's own."""
     token = running(ledger, make_job)
     assert ledger.position("job_1") is None
@@ -99,7 +109,7 @@ def test_walk_to_success(ledger: Ledger, make_job: MakeJob) -> None:
     assert ledger.beat("job_1", token) == "lost"
 
 
-def test_only_queued_jobs_are_claimed(ledger: Ledger, make_job: MakeJob) -> None:
+def test_only_queued_jobs_are_claimed(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """A second delivery, an unknown id and an ended job all get a no."""
     token = running(ledger, make_job)
     assert ledger.claim("job_1", "other") is None
@@ -109,7 +119,7 @@ def test_only_queued_jobs_are_claimed(ledger: Ledger, make_job: MakeJob) -> None
     assert record(ledger).error == ERROR
 
 
-def test_a_lost_worker_changes_nothing(ledger: Ledger, make_job: MakeJob) -> None:
+def test_a_lost_worker_changes_nothing(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """The fence: after its lease lapsed, the old token is refused by every call, before and after the next claim."""
     old = running(ledger, make_job)
     lapse(ledger, "job_1", old)
@@ -128,7 +138,7 @@ def test_a_lost_worker_changes_nothing(ledger: Ledger, make_job: MakeJob) -> Non
     assert record(ledger).attempt == 2
 
 
-def test_reaping(ledger: Ledger, make_job: MakeJob) -> None:
+def test_reaping(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """A live lease is left alone; three lost workers are the end; a wish to cancel is honoured instead."""
     running(ledger, make_job)
     assert ledger.reap() == []
@@ -152,14 +162,39 @@ def test_reaping(ledger: Ledger, make_job: MakeJob) -> None:
 
 def test_lease_is_measured_by_redis(client: redis.Redis, make_job: MakeJob) -> None:
     """The lease is real seconds on Redis' clock: what it says is due is due, whatever this machine's clock says."""
-    ledger = Ledger(client, lease_s=30.0)
+    ledger = Ledger(client, CUSTOMIZE, lease_s=30.0)
     running(ledger, make_job)
     seconds, micros = client.time()  # pyright: ignore[reportGeneralTypeIssues]  # sync client
-    due = client.zscore(f"{ROOT}leases", "job_1")
+    due = client.zscore(f"{CUSTOMIZE.root}leases", "job_1")
     assert due == pytest.approx(seconds + micros / 1e6 + 30.0, abs=2.0)
 
 
-def test_cancel(ledger: Ledger, make_job: MakeJob) -> None:
+def test_handing_back_charges_nothing(ledger: CustomizeLedger, make_job: MakeJob) -> None:
+    """A worker that leaves puts its job back in its old place in the line; only the holder of the lease can."""
+    token = running(ledger, make_job)
+    ledger.accept(make_job("job_2"))
+    assert not ledger.hand_back("job_1", token + 1)
+    assert ledger.hand_back("job_1", token)
+    assert (record(ledger).status, record(ledger).attempt, record(ledger).started_at) == (JobStatus.QUEUED, 1, None)
+    assert ledger.position("job_1") == 0
+    assert not ledger.hand_back("job_1", token), "it holds nothing any more"
+    assert not ledger.commit("job_1", token, JobResult((), {}))
+    assert ledger.reap() == []
+    assert ledger.claim("job_1", "another") == token + 1
+
+
+def test_kinds_do_not_mix(client: redis.Redis, ledger: CustomizeLedger, make_job: MakeJob) -> None:
+    """Trainings are another ledger in the same Redis: one's ids, lines and leases mean nothing to the other."""
+    trainings = Ledger(client, TRAINING, lease_s=0.0)
+    ledger.accept(make_job("job_1"))
+    trainings.accept(TrainingJob("job_1", "a", {}))
+    assert trainings.claim("job_1", "w") == 1
+    assert ledger.reap() == [] and record(ledger).status is JobStatus.QUEUED
+    assert trainings.reap() == ["job_1"]
+    assert ledger.list()[0] == [record(ledger)]
+
+
+def test_cancel(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """Queued ends at once; running hears it at the next beat; ended and unknown stay what they are."""
     assert ledger.cancel("job_1") is None
     ledger.accept(make_job("job_1"))
@@ -178,7 +213,7 @@ def test_cancel(ledger: Ledger, make_job: MakeJob) -> None:
     assert ended == record(ledger, "job_2")
 
 
-def test_position_is_the_order_of_acceptance(ledger: Ledger, make_job: MakeJob) -> None:
+def test_position_is_the_order_of_acceptance(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """One moves up as those ahead are taken; a job whose worker was lost gets its old place back."""
     for number in range(4):
         ledger.accept(make_job(f"job_{number}"))
@@ -192,7 +227,7 @@ def test_position_is_the_order_of_acceptance(ledger: Ledger, make_job: MakeJob) 
     assert [ledger.position(f"job_{number}") for number in range(4)] == [0, 1, None, 2]
 
 
-def test_list_pages_newest_first(ledger: Ledger, make_job: MakeJob) -> None:
+def test_list_pages_newest_first(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """Pages together are the whole list, once each, even as new jobs arrive; a status filters."""
     for number in range(7):
         ledger.accept(make_job(f"job_{number}"))
@@ -215,15 +250,15 @@ def test_list_pages_newest_first(ledger: Ledger, make_job: MakeJob) -> None:
             ledger.list(wrong, 3)
 
 
-def test_damaged_records_are_named_not_quoted(ledger: Ledger, client: redis.Redis, make_job: MakeJob) -> None:
+def test_damaged_records_are_named_not_quoted(ledger: CustomizeLedger, client: redis.Redis, make_job: MakeJob) -> None:
     """A forged record never becomes a job, its content never an error message, and lists do without it."""
     ledger.accept(make_job("job_1"))
     ledger.accept(make_job("job_2"))
-    client.hset(f"{ROOT}job:job_1", "job", '{"id": "secret prompt"}')
+    client.hset(f"{CUSTOMIZE.root}job:job_1", "job", '{"id": "secret prompt"}')
     with pytest.raises(DamagedRecordError) as caught:
         ledger.get("job_1")
     assert "secret" not in repr(caught.value) and caught.value.__cause__ is None
-    client.hset(f"{ROOT}job:job_1", "job", b"\xff\xfe")
+    client.hset(f"{CUSTOMIZE.root}job:job_1", "job", b"\xff\xfe")
     with pytest.raises(DamagedRecordError):
         ledger.get("job_1")
     assert [found.job.id for found in ledger.list(None, 10)[0]] == ["job_2"]
@@ -231,24 +266,24 @@ def test_damaged_records_are_named_not_quoted(ledger: Ledger, client: redis.Redi
 
 def test_ended_records_are_forgotten(client: redis.Redis, make_job: MakeJob) -> None:
     """After its time an ended job leaves no key and no index entry; a queued one stays for ever."""
-    ledger = Ledger(client, job_ttl_s=1)
+    ledger = Ledger(client, CUSTOMIZE, job_ttl_s=1)
     for job_id in ("job_old", "job_queued"):
         ledger.accept(make_job(job_id))
     ledger.cancel("job_old")
-    assert client.ttl(f"{ROOT}job:job_queued") == -1
+    assert client.ttl(f"{CUSTOMIZE.root}job:job_queued") == -1
     deadline = time.monotonic() + 10
     while ledger.get("job_old") is not None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert ledger.get("job_old") is None, "the record goes by itself, without anyone's reaping"
     assert ledger.list(None, 10)[0] == [ledger.get("job_queued")]
     ledger.reap()
-    assert client.keys(f"{ROOT}*old*") == []
+    assert client.keys(f"{CUSTOMIZE.root}*old*") == []
     for index in ("jobs", "status:canceled", "expiring", "leases"):
-        assert client.zscore(f"{ROOT}{index}", "job_old") is None
+        assert client.zscore(f"{CUSTOMIZE.root}{index}", "job_old") is None
     assert ledger.get("job_queued") is not None
 
 
-def test_waiting_finds_only_the_patient(ledger: Ledger, make_job: MakeJob) -> None:
+def test_waiting_finds_only_the_patient(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """The search for lost deliveries looks at jobs that have been queued for a while, and at no others."""
     for number in range(3):
         ledger.accept(make_job(f"job_{number}"))
@@ -278,7 +313,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.client.flushall()
-        self.ledger = Ledger(self.client)
+        self.ledger = Ledger(self.client, CUSTOMIZE)
         self.model: dict[str, Expected] = {}
         self.tokens: list[int] = [0]
 
@@ -381,7 +416,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for status in JobStatus:
             listed = {found.job.id for found in self.ledger.list(None, 10, status)[0]}
             assert listed == {job_id for job_id, job in self.model.items() if job.status is status}
-        leases = self.client.zrange(f"{ROOT}leases", 0, -1)
+        leases = self.client.zrange(f"{CUSTOMIZE.root}leases", 0, -1)
         held = {member.decode() for member in leases}  # pyright: ignore[reportGeneralTypeIssues]  # sync client
         assert held == {job_id for job_id, job in self.model.items() if job.status is JobStatus.RUNNING}
 

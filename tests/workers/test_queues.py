@@ -16,7 +16,8 @@ from rq.serializers import JSONSerializer
 
 from workers import queues
 from workers.delivery import DeliveryWorker
-from workers.queues import CUSTOMIZE, DreamJob
+from workers.jobs import CUSTOMIZE, TRAINING
+from workers.queues import DreamJob
 
 
 class PlainWorker(SimpleWorker):
@@ -25,7 +26,7 @@ class PlainWorker(SimpleWorker):
 
 
 def waiting(client: redis.Redis) -> list[str]:
-    return queues.queue(client).get_job_ids()
+    return queues.queue(client, CUSTOMIZE).get_job_ids()
 
 
 def forge(client: redis.Redis, job_id: str, data: bytes, **fields: str) -> None:
@@ -37,7 +38,7 @@ def forge(client: redis.Redis, job_id: str, data: bytes, **fields: str) -> None:
 
 def serve(client: redis.Redis) -> DeliveryWorker:
     """Work off what is in the queue."""
-    worker = DeliveryWorker(client, "w", threading.Event())
+    worker = DeliveryWorker(client, CUSTOMIZE, "w", threading.Event())
     worker.work(burst=True)
     return worker
 
@@ -48,19 +49,19 @@ def call(function: object, arguments: object, keywords: object | None = None, in
 
 def test_ring_is_unique_and_small(client: redis.Redis) -> None:
     """Ringing twice leaves one delivery; what lies in Redis is JSON, and under a kilobyte."""
-    queues.ring(client, "job_1")
-    queues.ring(client, "job_1")
+    queues.ring(client, CUSTOMIZE, "job_1")
+    queues.ring(client, CUSTOMIZE, "job_1")
     assert waiting(client) == ["job_1"]
     hash_: dict[bytes, bytes] = client.hgetall("rq:job:job_1")  # pyright: ignore[reportAssignmentType]  # sync client
-    assert json.loads(zlib.decompress(hash_[b"data"])) == [CUSTOMIZE, None, ["job_1"], {}]
+    assert json.loads(zlib.decompress(hash_[b"data"])) == [CUSTOMIZE.function, None, ["job_1"], {}]
     assert sum(len(name) + len(value) for name, value in hash_.items()) < 1024
     assert client.ttl("rq:job:job_1") == -1, "a delivery waits as long as its job"
 
 
 def test_fetched_delivery_names_the_one_function(client: redis.Redis) -> None:
     """The honest case of what the forged ones are held against."""
-    queues.ring(client, "job_1")
-    job = queues.queue(client).fetch_job("job_1")
+    queues.ring(client, CUSTOMIZE, "job_1")
+    job = queues.queue(client, CUSTOMIZE).fetch_job("job_1")
     assert isinstance(job, DreamJob)
     assert (job.func.__name__, job.args, job.kwargs) == ("customize", ("job_1",), {})
 
@@ -68,16 +69,16 @@ def test_fetched_delivery_names_the_one_function(client: redis.Redis) -> None:
 @pytest.mark.parametrize("left_over", ["in the queue", "popped", "acknowledged", "never rung"])
 def test_ring_again_whatever_is_left(client: redis.Redis, left_over: str) -> None:
     """A worker may die with the delivery anywhere: afterwards there is exactly one, at the front."""
-    queues.ring(client, "job_other")
+    queues.ring(client, CUSTOMIZE, "job_other")
     if left_over != "never rung":
-        queues.ring(client, "job_1")
+        queues.ring(client, CUSTOMIZE, "job_1")
     if left_over in ("popped", "acknowledged"):
         client.lrem("rq:queue:customize", 0, "job_1")
         client.rpush("rq:queue:customize:intermediate", "job_1")
     if left_over == "acknowledged":
-        queues.acknowledge(client, "job_1")
+        queues.acknowledge(client, CUSTOMIZE, "job_1")
         assert client.exists("rq:job:job_1") == 0
-    queues.ring_again(client, "job_1")
+    queues.ring_again(client, CUSTOMIZE, "job_1")
     assert waiting(client) == ["job_1", "job_other"]
     assert client.llen("rq:queue:customize:intermediate") == 0
     assert client.exists("rq:job:job_1") == 1
@@ -85,9 +86,9 @@ def test_ring_again_whatever_is_left(client: redis.Redis, left_over: str) -> Non
 
 def test_ring_missing_rings_only_the_missing(client: redis.Redis) -> None:
     """Jobs that RQ holds are left where they are in the line."""
-    queues.ring(client, "job_1")
-    queues.ring(client, "job_2")
-    assert queues.ring_missing(client, ["job_1", "job_2", "job_3"]) == ["job_3"]
+    queues.ring(client, CUSTOMIZE, "job_1")
+    queues.ring(client, CUSTOMIZE, "job_2")
+    assert queues.ring_missing(client, CUSTOMIZE, ["job_1", "job_2", "job_3"]) == ["job_3"]
     assert sorted(waiting(client)) == ["job_1", "job_2", "job_3"]
 
 
@@ -95,13 +96,13 @@ def forgeries(mark: Path) -> dict[str, bytes]:
     """Calls that no gateway makes; the dangerous ones would leave `mark` behind."""
     return {
         "os.system": call("os.system", [f"touch {mark}"]),
-        "instance": call(CUSTOMIZE, ["job_1"], instance=["x"]),
-        "keywords": call(CUSTOMIZE, ["job_1"], {"job_id": "job_1"}),
-        "two arguments": call(CUSTOMIZE, ["job_1", "job_2"]),
-        "odd id": call(CUSTOMIZE, ["../../x"]),
-        "no list": call(CUSTOMIZE, 5),
+        "instance": call(CUSTOMIZE.function, ["job_1"], instance=["x"]),
+        "keywords": call(CUSTOMIZE.function, ["job_1"], {"job_id": "job_1"}),
+        "two arguments": call(CUSTOMIZE.function, ["job_1", "job_2"]),
+        "odd id": call(CUSTOMIZE.function, ["../../x"]),
+        "no list": call(CUSTOMIZE.function, 5),
         "other shape": zlib.compress(b'{"a": 1}'),
-        "function is a list": call([CUSTOMIZE], ["job_1"]),
+        "function is a list": call([CUSTOMIZE.function], ["job_1"]),
         "not zlib": b"\x00\x01",
         "bomb": zlib.compress(b" " * 50_000_000 + b"[]"),
         "deep": zlib.compress(b"[" * 4000),
@@ -135,7 +136,7 @@ def test_callbacks_webhooks_and_meta_stay_unread(client: redis.Redis) -> None:
     forge(
         client,
         "forged",
-        call(CUSTOMIZE, ["job_1"]),
+        call(CUSTOMIZE.function, ["job_1"]),
         success_callback_name="os.abort",
         failure_callback_name="os.abort",
         stopped_callback_name="os.abort",
@@ -147,7 +148,7 @@ def test_callbacks_webhooks_and_meta_stay_unread(client: redis.Redis) -> None:
         timeout="1",
         status="nonsense",
     )
-    job = queues.queue(client).fetch_job("forged")
+    job = queues.queue(client, CUSTOMIZE).fetch_job("forged")
     assert job is not None
     assert job.success_callback is job.failure_callback is job.stopped_callback is None
     assert (job.webhooks, job.meta, job.retries_left, job.repeats_left) == ([], {}, None, None)
@@ -156,10 +157,10 @@ def test_callbacks_webhooks_and_meta_stay_unread(client: redis.Redis) -> None:
 
 def test_popped_delivery_is_handed_back_on_a_stop(client: redis.Redis) -> None:
     """The signal may come right after the pop: the job goes back to the front, unclaimed, for another worker."""
-    queues.ring(client, "job_1")
-    queues.ring(client, "job_2")
+    queues.ring(client, CUSTOMIZE, "job_1")
+    queues.ring(client, CUSTOMIZE, "job_2")
     stop = threading.Event()
-    worker = DeliveryWorker(client, "w", stop)
+    worker = DeliveryWorker(client, CUSTOMIZE, "w", stop)
     popped = worker.dequeue_job_and_maintain_ttl(1)
     assert popped is not None
     stop.set()
@@ -181,14 +182,22 @@ def test_function_is_checked_again_when_it_is_looked_up(client: redis.Redis) -> 
 
 def test_worker_cards(client: redis.Redis) -> None:
     """Cards are listed by name, replaced by later ones, gone when withdrawn or no longer refreshed."""
-    assert queues.workers(client) == []
-    queues.announce(client, "b", {"state": "loading"}, ttl_s=60)
-    queues.announce(client, "a", {"state": "ready", "device": "cpu"}, ttl_s=60)
-    queues.announce(client, "b", {"state": "ready"}, ttl_s=60)
-    queues.announce(client, "late", {"state": "ready"}, ttl_s=60)
-    assert [card["name"] for card in queues.workers(client)] == ["a", "b", "late"]
-    assert queues.workers(client)[0] == {"state": "ready", "device": "cpu", "name": "a"}
-    client.delete(f"{queues.CARDS}:late")
-    queues.withdraw(client, "a")
-    assert queues.workers(client) == [{"state": "ready", "name": "b"}]
-    assert client.smembers(queues.CARDS) == {b"b"}
+    assert queues.workers(client, CUSTOMIZE) == []
+    queues.announce(client, CUSTOMIZE, "b", {"state": "loading"}, ttl_s=60)
+    queues.announce(client, CUSTOMIZE, "a", {"state": "ready", "device": "cpu"}, ttl_s=60)
+    queues.announce(client, CUSTOMIZE, "b", {"state": "ready"}, ttl_s=60)
+    queues.announce(client, CUSTOMIZE, "late", {"state": "ready"}, ttl_s=60)
+    assert [card["name"] for card in queues.workers(client, CUSTOMIZE)] == ["a", "b", "late"]
+    assert queues.workers(client, CUSTOMIZE)[0] == {"state": "ready", "device": "cpu", "name": "a"}
+    client.delete(f"{CUSTOMIZE.cards}:late")
+    queues.withdraw(client, CUSTOMIZE, "a")
+    assert queues.workers(client, CUSTOMIZE) == [{"state": "ready", "name": "b"}]
+    assert client.smembers(CUSTOMIZE.cards) == {b"b"}
+
+
+def test_deliveries_of_another_kind_are_dropped(client: redis.Redis) -> None:
+    """A training smuggled into the customize queue makes an inference worker call nothing."""
+    forge(client, "forged", call(TRAINING.function, ["train_1"]))
+    serve(client)
+    assert waiting(client) == []
+    assert client.exists("rq:job:forged") == 0

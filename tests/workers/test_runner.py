@@ -18,8 +18,8 @@ from tests.workers.conftest import MakeJob
 from tests.workers.standin import Run, StandinPipeline, picture
 from workers import queues
 from workers.artifacts import ArtifactStore
-from workers.jobs import CustomizeJob, JobRecord, JobStatus, ReferenceInput
-from workers.ledger import ROOT, Ledger
+from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, JobStatus, ReferenceInput
+from workers.ledger import Ledger
 from workers.pictures import PictureLimits, decode
 from workers.redis_process import start_redis
 from workers.runner import JobRunner
@@ -29,10 +29,10 @@ from workers.settings import WorkerSettings
 @pytest.fixture
 def runner(client: redis.Redis, store: ArtifactStore) -> JobRunner:
     settings = WorkerSettings(commit_patience_s=5.0)
-    return JobRunner(StandinPipeline(), Ledger(client), store, settings, "w")
+    return JobRunner(StandinPipeline(), Ledger(client, CUSTOMIZE), store, settings, "w")
 
 
-def run(runner: JobRunner, job: CustomizeJob) -> JobRecord:
+def run(runner: JobRunner, job: CustomizeJob) -> CustomizeRecord:
     """Accept, run, and look."""
     runner.ledger.accept(job)
     runner.run(job.id)
@@ -164,9 +164,9 @@ def test_storage_failures(runner: JobRunner, make_job: MakeJob, tmp_path: Path) 
 def test_damaged_record_fails_alone(runner: JobRunner, client: redis.Redis, make_job: MakeJob) -> None:
     """A record that was tampered with ends its job and nothing else."""
     runner.ledger.accept(make_job("job_1"))
-    client.hset(f"{ROOT}job:job_1", "job", "{}")
+    client.hset(f"{CUSTOMIZE.root}job:job_1", "job", "{}")
     runner.run("job_1")
-    assert client.hget(f"{ROOT}job:job_1", "status") == b"failed"
+    assert client.hget(f"{CUSTOMIZE.root}job:job_1", "status") == b"failed"
     assert run(runner, make_job("job_2")).status is JobStatus.SUCCEEDED
 
 
@@ -198,7 +198,7 @@ def test_a_lost_job_is_left_alone(runner: JobRunner, client: redis.Redis, make_j
     """Once another worker has the job, this one stops, writes nothing and takes its own pictures away."""
 
     def lose() -> None:
-        Ledger(client, lease_s=0.0).beat("job_1", 1)
+        Ledger(client, CUSTOMIZE, lease_s=0.0).beat("job_1", 1)
         assert runner.ledger.reap() == ["job_1"]
         assert runner.ledger.claim("job_1", "other") == 2
 
@@ -236,7 +236,7 @@ def test_redis_away_in_the_middle_loses_no_picture(tmp_path: Path, make_job: Mak
     restarted = [process]
     settings = WorkerSettings(commit_patience_s=20.0)
     store = ArtifactStore(tmp_path / "artifacts")
-    runner = JobRunner(at_step(1, outage), Ledger(client, lease_s=60.0), store, settings, "w")
+    runner = JobRunner(at_step(1, outage), Ledger(client, CUSTOMIZE, lease_s=60.0), store, settings, "w")
     try:
         record = run(runner, make_job("job_1", steps=2))
         assert (record.status, record.attempt) == (JobStatus.SUCCEEDED, 1)
@@ -253,7 +253,7 @@ def test_redis_away_for_too_long(tmp_path: Path, make_job: MakeJob) -> None:
     client = queues.connect(process.url)
     store = ArtifactStore(tmp_path / "artifacts")
     settings = WorkerSettings(commit_patience_s=0.0)
-    runner = JobRunner(at_step(1, process.stop), Ledger(client), store, settings, "w")
+    runner = JobRunner(at_step(1, process.stop), Ledger(client, CUSTOMIZE), store, settings, "w")
     runner.ledger.accept(make_job("job_1"))
     with pytest.raises(redis.RedisError):
         runner.run("job_1")

@@ -60,6 +60,8 @@ def _run(plan: Recipe, directory: Path, *, resume: bool) -> bool:
         if not run.run():
             print(f"stopped after step {run.step}: go on with --resume", file=sys.stderr)
             return False
+        if not run.leads:
+            return True
         exported = run.export()
     print(f"wrote {exported.directory} (sha256 {exported.digest})")
     return True

@@ -91,6 +91,29 @@ def changes(transformer: nn.Module) -> dict[str, LowRank]:
     }
 
 
+@torch.no_grad()
+def start_from(transformer: nn.Module, start: Mapping[str, LowRank]) -> None:
+    """Set an adapter that has just been added to given changes. Ranks left over keep their random downs and add
+    nothing yet; modules without a change stay as they are.
+
+    Raises:
+        ValueError: a change is of a module outside the target set, or of a higher rank or another shape.
+    """
+    layers = dict(_lora_layers(transformer))
+    for name, change in start.items():
+        if name not in layers:
+            raise ValueError(f"{name} is not among the trained modules: choose wider lora.targets")
+        down, up = layers[name].lora_A[ADAPTER].weight, layers[name].lora_B[ADAPTER].weight
+        rank = change.down.shape[0]
+        if rank > down.shape[0]:
+            raise ValueError(f"its rank is {rank}: raise lora.rank from {down.shape[0]}")
+        if change.down.shape[1] != down.shape[1] or change.up.shape[0] != up.shape[0]:
+            raise ValueError(f"{name} has another shape: is it made for another base model?")
+        down[:rank] = change.down.float()
+        up.zero_()
+        up[:, :rank] = change.up.float() * (change.scale / layers[name].scaling[ADAPTER])
+
+
 def _lora_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in transformer.named_modules():
         if isinstance(module, LoraLayer) and ADAPTER in cast("Any", module).lora_A:

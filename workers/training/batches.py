@@ -5,8 +5,9 @@ Every draw comes from the generator passed in, on the CPU, so a step is a functi
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,17 +22,22 @@ from workers.training.datasets.prompts import without_placeholders
 from workers.training.recipes import Stage
 from workers.training.records import Pixels, Record
 
+Moments = Callable[[Sequence[Pixels]], list[torch.Tensor]]
+"""Pictures → the parameters [2C, H/f, W/f] of each one's posterior, in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One sample of a step, encoded.
 
     Attributes:
+        key: the record's.
         prompt: as the network gets it, after any drop.
         latents: [l, 64] the clean target. noise: [l, 64].
         references: tokens as they take part, after any drop.
     """
 
+    key: str
     task: str
     prompt: str
     grid: Grid
@@ -55,8 +61,23 @@ class Batch:
     masks: dict[ReferenceKey, torch.Tensor]
 
 
-def compose(records: Sequence[Record], stage: Stage, codec: LatentCodec, generator: torch.Generator) -> Batch:
+def step_generator(seed: int, step: int, process: int) -> torch.Generator:
+    """The randomness of one process's part of a step."""
+    digest = hashlib.sha256(f"{seed} {step}.{process}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def compose(
+    records: Sequence[Record],
+    stage: Stage,
+    codec: LatentCodec,
+    generator: torch.Generator,
+    moments: Moments | None = None,
+) -> Batch:
     """Encode and draw.
+
+    Args:
+        moments: encodes the pictures; None has the codec encode those of one size together.
 
     Raises:
         ValueError: a picture's sides are not multiples of the cell.
@@ -64,7 +85,8 @@ def compose(records: Sequence[Record], stage: Stage, codec: LatentCodec, generat
     ordered = sorted(records, key=_length)
     kept = [() if _hit(stage.reference_drop, generator) else record.references for record in ordered]
     pictures = [record.target for record in ordered] + [r.pixels for references in kept for r in references]
-    latents = iter(encode_pictures(pictures, codec, generator))
+    found = moments(pictures) if moments else picture_moments(pictures, codec)
+    latents = iter(posterior_draws(found, codec, generator))
     targets = [next(latents) for _ in ordered]
     examples: list[Example] = []
     masks: dict[ReferenceKey, torch.Tensor] = {}
@@ -79,7 +101,7 @@ def compose(records: Sequence[Record], stage: Stage, codec: LatentCodec, generat
                 masks[number, reference.slot] = token_mask(reference.target_mask, grid).to(clean.device)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         prompt = _prompt(record.prompt, bool(references), stage, generator)
-        examples.append(Example(record.task, prompt, grid, clean, noise, tuple(tokens)))
+        examples.append(Example(record.key, record.task, prompt, grid, clean, noise, tuple(tokens)))
     low, high = stage.guidance
     return Batch(
         examples=tuple(examples),
@@ -90,8 +112,8 @@ def compose(records: Sequence[Record], stage: Stage, codec: LatentCodec, generat
 
 
 @torch.no_grad()
-def encode_pictures(pictures: Sequence[Pixels], codec: LatentCodec, generator: torch.Generator) -> list[torch.Tensor]:
-    """Packed posterior draws, in order; pictures of one size share a call."""
+def picture_moments(pictures: Sequence[Pixels], codec: LatentCodec) -> list[torch.Tensor]:
+    """Posterior parameters, in order; pictures of one size share a call."""
     sizes: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, pixels in enumerate(pictures):
         sizes[pixels.shape].append(index)
@@ -99,11 +121,18 @@ def encode_pictures(pictures: Sequence[Pixels], codec: LatentCodec, generator: t
     for indices in sizes.values():
         stack = torch.stack([torch.from_numpy(to_tensor_range(pictures[index])) for index in indices])
         moments |= dict(zip(indices, codec.batch_moments(stack), strict=True))
+    return [moments[index] for index in range(len(pictures))]
+
+
+def posterior_draws(
+    moments: Sequence[torch.Tensor], codec: LatentCodec, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Packed tokens of one draw from each posterior."""
     draws: list[torch.Tensor] = []
-    for index in range(len(pictures)):
-        channels, height, width = moments[index].shape
+    for parameters in moments:
+        channels, height, width = parameters.shape
         noise = torch.randn((channels // 2, height, width), generator=generator)
-        draws.append(codec.sample(moments[index], noise))
+        draws.append(codec.sample(parameters, noise))
     return draws
 
 

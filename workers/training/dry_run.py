@@ -14,13 +14,14 @@ from model.checkpoints import SHIPPED
 from model.errors import WeightsError
 from workers.training.adapting import Targets, module_names
 from workers.training.recipes import Recipe
+from workers.training.shapes import first_batches
 
 FLUX_DEV = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
 _GIB = 2**30
 
 
 def describe(recipe: Recipe) -> str:
-    """Lines on the base, each target set, memory, and the stages.
+    """Lines on the base, each target set, memory, and the stages with the shapes of their first batches.
 
     A hub id is not downloaded for this; it is taken to be of FLUX.1-dev's size.
     """
@@ -37,9 +38,12 @@ def describe(recipe: Recipe) -> str:
         lines.append(f"adapter {targets:9} rank {recipe.lora.rank}: {matrices} matrices, {size / 1e6:,.1f} M{chosen}")
     _, trained = count_adapter(transformer, recipe.lora.targets, recipe.lora.rank)
     lines.append(_memory(recipe, base, trained))
-    for stage in recipe.stages:
+    records, batches = first_batches(recipe)
+    lines.append(f"shapes in pixels, height x width; {records}")
+    for stage, shapes in zip(recipe.stages, batches, strict=True):
         tasks = ", ".join(f"{task} {weight:g}" for task, weight in stage.mixture.items())
         lines.append(f"stage {stage.name}: {stage.steps:,} x {stage.batch}, lr {stage.optimizer.lr:g}; {tasks}")
+        lines.extend(f"  {line}" for line in shapes)
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar with losses, speed and time left, and TensorBoard where it is installed."""
+"""What a run tells: a progress bar with losses, speed and time left; TensorBoard where it is installed, sheets too."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ class TrainingLog:
             self._writer.close()
 
     def step(self, report: StepReport) -> None:
-        """One step's losses."""
+        """One step's losses, and its sheet if there is one."""
         now = time.monotonic()
-        rate = report.samples / max(now - self._last, 1e-9)
-        self._rate = rate if self._rate == 0 else 0.9 * self._rate + 0.1 * rate
+        if report.sheet is None or self._rate == 0:  # else the time went into pictures
+            rate = report.samples / max(now - self._last, 1e-9)
+            self._rate = rate if self._rate == 0 else 0.9 * self._rate + 0.1 * rate
         self._last = now
         parts = "  ".join(f"{name} {value:.4f}" for name, value in report.losses.items() if not math.isnan(value))
         note = f"{parts}  {self._rate:.1f}/s"
@@ -60,6 +61,8 @@ class TrainingLog:
                 if not math.isnan(value):
                     self._writer.add_scalar(f"loss/{name}", value, report.step)
             self._writer.add_scalar("samples_per_second", self._rate, report.step)
+            if report.sheet is not None:
+                self._writer.add_image("samples", report.sheet, report.step, dataformats="HWC")
 
 
 def _writer(directory: Path) -> Any | None:

@@ -6,9 +6,9 @@ the paper's (DreamO §4.1) where it gives them; the others are marked in the fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,22 @@ class RecipeError(Exception):
     """A recipe that cannot be read or does not make sense; the message names the field and the remedy."""
 
 
+class OverrideError(Exception):
+    """Changes to a recipe that do not fit.
+
+    Attributes:
+        faults: (path of the field, what helps) for each.
+    """
+
+    def __init__(self, faults: Sequence[tuple[tuple[str, ...], str]]) -> None:
+        super().__init__("; ".join(f"{'.'.join(path) or 'recipe'}: {detail}" for path, detail in faults))
+        self.faults = tuple(faults)
+
+
+OVERRIDABLE = frozenset({"seed", "lora", "precision", "gradient_checkpointing", "save_every", "stages"})
+"""Fields that a caller of the training service can change."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -36,6 +52,8 @@ class ModelPart(_Part):
         dreamo: train on top of these DreamO files, fused; None starts from the base alone, embeddings fresh.
         version: which of the files' stacks.
         dtype: of the frozen base; trained weights are float32.
+        adapter: the adapter starts as this one in released keys, or as the base's own (`own`); None starts one that
+            changes nothing. Its rank is at most the recipe's.
         placeholders: how the added tokens' T5 rows start: `fresh`, or `spare`: as the rows that the base's T5 has after
             its vocabulary, where text encoders trained with the placeholders keep them.
     """
@@ -44,7 +62,16 @@ class ModelPart(_Part):
     dreamo: Path | None = None
     version: Literal["v1.1", "v1", "main"] = "v1.1"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    adapter: Path | Literal["own"] | None = None
     placeholders: Literal["fresh", "spare"] = "fresh"
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelPart:
+        if self.adapter is not None and self.dreamo is not None:
+            raise ValueError(
+                "adapter goes on training an adapter, dreamo trains another on top of it: name one of them"
+            )
+        return self
 
 
 class LoraPart(_Part):
@@ -133,11 +160,18 @@ class Stage(_Part):
 
 
 class DataPart(_Part):
-    """Where records come from: StickerWorld with its settings, or a directory that `dataset check` accepts."""
+    """Where records come from: StickerWorld with its settings, or a directory that `dataset check` accepts.
+
+    Attributes:
+        cache_gib: how much disk a directory's encoded pictures and prompts may take (`encodings`); 0 keeps none.
+        cache_directory: where; None takes `cache/` in the run's directory. Runs may share one.
+    """
 
     source: Literal["stickerworld", "directory"] = "stickerworld"
     path: Path | None = None
     settings: Mapping[str, Any] = Field(default_factory=dict[str, Any])
+    cache_gib: float = Field(default=50.0, ge=0)
+    cache_directory: Path | None = None
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> DataPart:
@@ -147,7 +181,12 @@ class DataPart(_Part):
 
 
 class Recipe(_Part):
-    """A whole run. `save_every`: steps between checkpoints."""
+    """A whole run.
+
+    Attributes:
+        save_every: steps between checkpoints.
+        pictures_every: steps between sheets of sample pictures (`sheets`); 0 draws none.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -157,6 +196,7 @@ class Recipe(_Part):
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     save_every: int = Field(default=500, ge=1)
+    pictures_every: int = Field(default=500, ge=0)
     stages: tuple[Stage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -168,14 +208,51 @@ class Recipe(_Part):
             raise ValueError("a stage can change StickerWorld's settings alone, and the records come from a directory")
         return self
 
+    def changed(self, overrides: Mapping[str, Any]) -> Recipe:
+        """The recipe with some of its fields replaced; `stages` maps a stage's name to changes of that stage.
+
+        What a recipe is made on (`model`, `data`) is not for a caller to change.
+
+        Raises:
+            OverrideError: naming each field that does not exist or does not fit.
+        """
+        plan: dict[str, Any] = self.model_dump(mode="json")
+        names = [stage.name for stage in self.stages]
+        faults: list[tuple[tuple[str, ...], str]] = []
+        for key, value in overrides.items():
+            if key == "stages" and isinstance(value, Mapping):
+                for name, changes in cast("Mapping[str, Any]", value).items():
+                    if name in names and isinstance(changes, Mapping):
+                        _merge(plan["stages"][names.index(name)], cast("Mapping[str, Any]", changes))
+                    else:
+                        faults.append((("stages", name), f"changes to one of the stages {', '.join(names)} go here"))
+            elif key in OVERRIDABLE - {"stages"}:
+                _merge(plan, {key: value})
+            else:
+                faults.append(((key,), f"one of {', '.join(sorted(OVERRIDABLE))} can be changed"))
+        if faults:
+            raise OverrideError(faults)
+        try:
+            return Recipe.model_validate(plan)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_context=False, include_input=False)
+            raise OverrideError([(_named(item["loc"], names), item["msg"]) for item in found]) from None
+
     def with_overrides(self, *, base: str | None = None, data: Path | None = None) -> Recipe:
         """The recipe on another base model or dataset."""
         changed: dict[str, Any] = {}
         if base is not None:
             changed["model"] = self.model.model_copy(update={"base": base})
         if data is not None:
-            changed["data"] = DataPart(source="directory", path=data)
+            cache = (self.data.cache_gib, self.data.cache_directory)
+            changed["data"] = DataPart(source="directory", path=data, cache_gib=cache[0], cache_directory=cache[1])
         return self.model_copy(update=changed)
+
+    @property
+    def essence(self) -> Mapping[str, Any]:
+        """What decides the weights that a run ends with, as JSON values: all but pictures and cache."""
+        spectators = {"pictures_every": True, "data": {"cache_gib", "cache_directory"}}
+        return self.model_dump(mode="json", exclude=spectators)
 
     @property
     def steps(self) -> int:
@@ -189,6 +266,29 @@ class Recipe(_Part):
                 return stage, step
             step -= stage.steps
         raise IndexError("past the last stage")
+
+
+def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Replace values; where both sides are mappings, those inside, except a mixture, which is replaced whole."""
+    for key, value in changes.items():
+        there = into.get(key)
+        if isinstance(there, dict) and isinstance(value, Mapping) and key not in ("mixture", "settings"):
+            _merge(cast("dict[str, Any]", there), cast("Mapping[str, Any]", value))
+        else:
+            into[key] = value
+
+
+def _named(location: Sequence[int | str], stages: Sequence[str]) -> tuple[str, ...]:
+    """pydantic's place of a fault, with a stage's name for its number."""
+    if len(location) > 1 and location[0] == "stages" and isinstance(location[1], int):
+        location = ("stages", stages[location[1]], *location[2:])
+    return tuple(str(part) for part in location)
+
+
+def recipe_names(also: Path | None = None) -> dict[str, Path]:
+    """Recipes that can be asked for by name: the shipped ones, and those of a directory, which go first."""
+    folders = [SHIPPED, *([also] if also else [])]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def load_recipe(name_or_path: str) -> Recipe:

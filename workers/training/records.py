@@ -36,7 +36,7 @@ class Record:
     """One training sample.
 
     Attributes:
-        key: names the record within its source, for messages and caches.
+        key: names the record within its source, for messages.
         task: which kind of sample it is, e.g. `multi_subject`; mixtures and reports go by it.
         prompt: may hold placeholders; what the references carry is left out of it.
         target: [H, W, 3].

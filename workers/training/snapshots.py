@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from safetensors.torch import load_file, save_file
 
 _TENSORS = "state.safetensors"
 _FACTS = "state.json"
+_PART = ".part"
+_PART_AGE_S = 3600.0
 
 
 class SnapshotError(Exception):
@@ -50,10 +54,10 @@ def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int = 2) -> Pat
         SnapshotError: the disk is full or not writable; what was there before is untouched.
     """
     target = directory / f"step-{snapshot.step:08d}"
-    part = directory / f".{target.name}.part"
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        # A name of its own: a worker that was thought lost may still be writing the very same step.
+        part = Path(tempfile.mkdtemp(dir=directory, prefix=f".{target.name}.", suffix=_PART))
         save_file(_flat(snapshot), part / _TENSORS)
         (part / _FACTS).write_text(json.dumps({"step": snapshot.step, "facts": dict(snapshot.facts)}))
         for file in part.iterdir():
@@ -63,7 +67,7 @@ def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int = 2) -> Pat
         _sync(directory)
     except OSError as error:
         raise SnapshotError(f"cannot write a checkpoint to {directory}: {error.strerror}") from error
-    for old in _steps(directory)[:-keep]:
+    for old in (*_steps(directory)[:-keep], *_abandoned(directory)):
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -110,6 +114,12 @@ def _flat(snapshot: Snapshot) -> dict[str, torch.Tensor]:
 
 def _steps(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if (path / _FACTS).is_file())
+
+
+def _abandoned(directory: Path) -> list[Path]:
+    """Checkpoints that a killed process was writing."""
+    now = time.time()
+    return [path for path in directory.glob(f".*{_PART}") if now - path.stat().st_mtime > _PART_AGE_S]
 
 
 def _sync(path: Path) -> None:

@@ -8,11 +8,20 @@ from pathlib import Path
 
 import torch
 
-from model.adapters import EMBEDDINGS
-from model.checkpoints import SHIPPED, LoadedModel, ModelSource, load_model, load_plain, load_text, resolve_base
+from model.adapters import EMBEDDINGS, MAIN, Adapter, read_adapter
+from model.checkpoints import (
+    SHIPPED,
+    LoadedModel,
+    ModelSource,
+    load_model,
+    load_plain,
+    load_text,
+    quiet_libraries,
+    resolve_base,
+)
 from model.roles import ADDED_TOKENS
-from model.spec import load_spec
-from workers.training.adapting import Embeddings, fresh_tables
+from model.spec import ModelSpec, load_spec
+from workers.training.adapting import Embeddings, fresh_tables, start_from
 from workers.training.recipes import Recipe, RecipeError
 from workers.training.sources import DirectorySource, StickerSource, check_stages, open_source
 from workers.training.trainer import StepReport, Trainer
@@ -25,20 +34,45 @@ def prepare(recipe: Recipe, directory: Path, report: Callable[[StepReport], None
         WeightsError: the base or its DreamO files.
         RecipeError: the records.
     """
+    quiet_libraries()
     source = records_of(recipe)
     model = load_start(recipe)
     table = model.text.t5.get_input_embeddings().weight
     tables: dict[str, torch.Tensor] = dict(zip(EMBEDDINGS, (model.tables.type, model.tables.index, table), strict=True))
-    return Trainer(recipe, model, Embeddings(tables), source, directory, report)
+    trainer = Trainer(recipe, model, Embeddings(tables), source, directory, report)
+    if (start := starting_adapter(recipe)) is not None:
+        try:
+            start_from(model.transformer, start.changes)
+        except ValueError as error:
+            raise RecipeError(f"model.adapter: {start.source}: {error}") from error
+    return trainer
 
 
-def records_of(recipe: Recipe) -> StickerSource | DirectorySource:
+def starting_adapter(recipe: Recipe) -> Adapter | None:
+    """What `model.adapter` names.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    match recipe.model.adapter:
+        case None:
+            return None
+        case "own":
+            return read_adapter(resolve_base(recipe.model.base or str(SHIPPED)) / "dreamo" / MAIN)
+        case Path() as path:
+            return read_adapter(path / MAIN if path.is_dir() else path)
+
+
+def records_of(recipe: Recipe, spec: ModelSpec | None = None) -> StickerSource | DirectorySource:
     """The recipe's records, known to hold every task that a stage asks for.
+
+    Args:
+        spec: of the model that takes them; None reads the recipe's.
 
     Raises:
         RecipeError: see `sources.open_source` and `sources.check_stages`.
     """
-    spec = load_spec(recipe.model.base or str(SHIPPED))
+    spec = spec or load_spec(recipe.model.base or str(SHIPPED))
     source = open_source(
         recipe.data,
         recipe.seed,
@@ -57,6 +91,8 @@ def load_start(recipe: Recipe) -> LoadedModel:
     source = ModelSource(base_model=base, dreamo=part.dreamo, version=part.version, dtype=part.dtype)
     if part.dreamo is not None:
         return load_model(source)
+    if (start := starting_adapter(recipe)) is not None:
+        return load_plain(source, start.embeddings)
     config = json.loads((resolve_base(base) / "transformer" / "config.json").read_bytes())
     width = config["num_attention_heads"] * config["attention_head_dim"]
     tables = fresh_tables(width, config["joint_attention_dim"], seed=recipe.seed)

@@ -6,28 +6,35 @@ bit on a CPU. Checkpoints are written every `save_every` steps, at the end of a 
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from peft.tuners.lora import LoraLayer
+from pydantic import ValidationError
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from model.checkpoints import LoadedModel
 from model.losses import LossCounts, Losses, LossWeights
+from workers.training import sheets
 from workers.training.adapting import add_adapter, changes
-from workers.training.batches import compose
+from workers.training.batches import compose, step_generator
+from workers.training.encodings import Encodings
 from workers.training.export import Exported, write_adapter, write_transformer
 from workers.training.objective import Objective
 from workers.training.optimizers import make_optimizer, optimizer_state, restore_optimizer
-from workers.training.recipes import LossPart, Recipe, Stage
-from workers.training.records import Record
+from workers.training.recipes import LossPart, Recipe, RecipeError, Stage
+from workers.training.records import Pixels, Record
 from workers.training.snapshots import Snapshot, newest_snapshot, write_snapshot
+
+_LOG = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -36,13 +43,17 @@ class Source(Protocol):
     def record(self, index: int, stage: Stage) -> Record: ...
 
 
+_SPREADS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
 class TrainingError(Exception):
     """A run that cannot go on; a checkpoint has been written and the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did. `losses`: mean of each part over its units, nan where there were none."""
+    """What one step did. `losses`: mean of each part over its units, nan where there were none. `sheet`: pictures that
+    were drawn after it."""
 
     step: int
     total_steps: int
@@ -50,6 +61,7 @@ class StepReport:
     loss: float
     losses: Mapping[str, float]
     samples: int
+    sheet: Pixels | None = None
 
 
 @dataclass(slots=True)
@@ -67,7 +79,8 @@ class Trainer:
 
     Args:
         model: the base and its encoders; its transformer is adapted in place.
-        directory: checkpoints go to `checkpoints/`, results to `adapter/` and, trained, `transformer/`.
+        directory: checkpoints go to `checkpoints/`, sheets of samples to `pictures/`, what is kept of a dataset's
+            encodings to `cache/`, results to `adapter/` and, trained, `transformer/`.
         report: called after each step, in the main process.
     """
 
@@ -89,10 +102,23 @@ class Trainer:
         """Set it to end after the step at hand, with a checkpoint."""
         mixed = {"float32": "no", "bfloat16": "bf16"}[recipe.precision]
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=model.transformer.device.type == "cpu")
+        if self.accelerator.distributed_type not in _SPREADS:
+            raise TrainingError(
+                f"{self.accelerator.distributed_type} is not supported: the packed forward reads the blocks' weights "
+                "itself, so they cannot be sharded by block; use one process or DDP (`torchrun`)"
+            )
         add_adapter(model.transformer, recipe.lora.targets, recipe.lora.rank, seed=recipe.seed)
-        self.objective = Objective(model, embeddings, checkpointing=recipe.gradient_checkpointing)
-        self._prepared: nn.Module = self.accelerator.prepare(self.objective)
+        self._encodings = _encodings(recipe, model, directory)
+        checkpointing = recipe.gradient_checkpointing
+        self.objective = Objective(model, embeddings, checkpointing=checkpointing, encodings=self._encodings)
+        self._whole: nn.Module = self.accelerator.prepare_model(self.objective, evaluation_mode=True)
+        self._prepared = self._whole
         self._now = _Running()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that reports, saves and exports."""
+        return self.accelerator.is_main_process
 
     @property
     def step(self) -> int:
@@ -109,7 +135,7 @@ class Trainer:
         snapshot = newest_snapshot(self.directory / "checkpoints")
         if snapshot is None:
             return False
-        if snapshot.facts != self._facts():
+        if not self._continues(snapshot.facts):
             raise TrainingError(
                 f"the checkpoint in {self.directory} is of another recipe: name a new directory, or restore the recipe"
             )
@@ -133,7 +159,7 @@ class Trainer:
             TrainingError: a loss is not finite, or memory ran out.
         """
         while self._now.step < self.recipe.steps:
-            if self.stop.is_set():
+            if self._agreed(self.stop.is_set()):
                 self.save()
                 return False
             stage, within = self.recipe.at(self._now.step)
@@ -148,7 +174,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the state before the next step."""
-        if not self.accelerator.is_main_process:
+        if not self.leads:
             return
         optimizer = self._now.optimizer
         state = optimizer_state(optimizer, self._learning()) if optimizer is not None else {}
@@ -157,7 +183,10 @@ class Trainer:
         write_snapshot(self.directory / "checkpoints", snapshot)
 
     def export(self) -> Exported:
-        """Write the adapter in both formats, and the base's transformer where a stage has trained it."""
+        """Write the adapter in both formats, and the base's transformer where a stage has trained it.
+
+        For the process that leads.
+        """
         if any(stage.train == "base" for stage in self.recipe.stages):
             write_transformer(self.directory / "transformer", self.model.transformer)
         return write_adapter(
@@ -171,12 +200,14 @@ class Trainer:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         first = (self._now.step * processes + process) * stage.batch
         records = [self.source.record(first + number, stage) for number in range(stage.batch)]
-        batch = compose(records, stage, self.model.codec, self._generator(f"{self._now.step}.{process}"))
+        generator = step_generator(self.recipe.seed, self._now.step, process)
+        moments = None if self._encodings is None else self._encodings.moments
+        batch = compose(records, stage, self.model.codec, generator, moments)
         parts = _ramped(stage.losses, within)
         try:
             losses, _ = self._prepared(batch, parts)
             total = losses.total(LossWeights(parts.flow, parts.route, parts.holder), self._counts(losses))
-            if not torch.isfinite(total):
+            if self._agreed(not torch.isfinite(total)):
                 raise TrainingError(self._broken(f"the loss is {float(total.detach())}"))
             self.accelerator.backward(total)
         except torch.OutOfMemoryError as error:
@@ -190,11 +221,11 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         self._average(stage)
         self._now.step += 1
-        if self.accelerator.is_main_process:
+        if self.leads:
             values = {name: _mean(getattr(losses, name)) for name in ("flow", "route", "holder")}
             samples = stage.batch * processes
-            loss = float(total.detach())
-            self.report(StepReport(self._now.step, self.recipe.steps, stage.name, loss, values, samples))
+            loss, sheet = float(total.detach()), self._sheet(stage)
+            self.report(StepReport(self._now.step, self.recipe.steps, stage.name, loss, values, samples, sheet))
 
     def _enter(self, stage: Stage) -> None:
         """Set what learns in a stage, and a fresh optimizer for it."""
@@ -203,6 +234,10 @@ class Trainer:
                 cast("Any", module).enable_adapters(stage.train == "adapter")
         for name, parameter in self.objective.named_parameters():
             parameter.requires_grad_(_learns(name, stage))
+        if self.accelerator.num_processes > 1:
+            # Anew in each stage: DDP takes up what learns when it is made. Embeddings of placeholders and of slots are
+            # without a gradient in a step whose records have none.
+            self._prepared = DistributedDataParallel(self._whole, find_unused_parameters=True)
         self._now.stage = stage
         self._now.optimizer = make_optimizer(stage.optimizer, list(self._learning().values()))
         self._now.averages = {}
@@ -246,9 +281,48 @@ class Trainer:
         mean = cast("torch.Tensor", self.accelerator.reduce(counts, "mean")).clamp_min(1e-6)
         return LossCounts(*mean.tolist())
 
-    def _generator(self, what: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.recipe.seed} {what}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    def _agreed(self, mine: Any) -> bool:
+        """Whether any process says so; all processes must ask, and get one answer."""
+        if self.accelerator.num_processes == 1:
+            return bool(mine)
+        said = torch.tensor([float(mine)], device=self.accelerator.device)
+        return float(cast("torch.Tensor", self.accelerator.reduce(said, "sum"))) > 0
+
+    def _sheet(self, stage: Stage) -> Pixels | None:
+        """Samples of the weights as they would be kept, where a step is due for them; the run goes on without, if
+        they cannot be made."""
+        every = self.recipe.pictures_every
+        if not every or self._now.step % every:
+            return None
+        try:
+            records = [self.source.record(sheets.FIRST + number, stage) for number in range(sheets.RECORDS)]
+            with self._averaged():
+                sheet = sheets.draw(self.model, self.objective.embeddings, records)
+            sheets.write(self.directory / "pictures", self._now.step, sheet)
+        except (RecipeError, OSError, torch.OutOfMemoryError) as error:
+            _LOG.warning("step %d: no pictures (%s: %s)", self._now.step, type(error).__name__, error)
+            return None
+        return sheet
+
+    @contextmanager
+    def _averaged(self) -> Generator[None]:
+        """The averages in the weights' places, where there are any."""
+        learning = self._learning()
+        weights = {name: learning[name].data for name in self._now.averages}
+        for name, average in self._now.averages.items():
+            learning[name].data = average
+        try:
+            yield
+        finally:
+            for name, weight in weights.items():
+                learning[name].data = weight
+
+    def _continues(self, facts: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint's recipe is this one: fields that have been added since count with their defaults."""
+        try:
+            return Recipe.model_validate(facts.get("recipe")).essence == self.recipe.essence
+        except ValidationError:
+            return False
 
     def _facts(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json")}
@@ -260,6 +334,14 @@ class Trainer:
             f"step {self._now.step + 1}: {what}; a checkpoint of the step before is in {self.directory}. "
             "Lower the learning rate or the batch, or look at the records of this step."
         )
+
+
+def _encodings(recipe: Recipe, model: LoadedModel, directory: Path) -> Encodings | None:
+    """Of a dataset's records; StickerWorld's never come again, and are encoded together, which is faster."""
+    if recipe.data.source == "stickerworld":
+        return None
+    kept = recipe.data.cache_directory or directory / "cache"
+    return Encodings(model.codec, model.text, kept, int(recipe.data.cache_gib * 2**30))
 
 
 def _learns(name: str, stage: Stage) -> bool:

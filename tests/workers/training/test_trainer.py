@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoints import SHIPPED, LoadedModel, ModelSource, load_model
+from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.pipeline import ImageRequest, Pipeline, PreparedReference
 from model.preprocess import load_tools
 from model.roles import Role
+from model.transformer import EmbeddingTables
 from tests.workers.training.squares import Squares
 from workers.training.adapting import Embeddings
+from workers.training.batches import step_generator
 from workers.training.recipes import Recipe, Stage
 from workers.training.records import Record
 from workers.training.snapshots import SnapshotError, newest_snapshot
+from workers.training.start import prepare
 from workers.training.trainer import StepReport, Trainer, TrainingError
 
 STAGE = {"name": "one", "steps": 6, "batch": 3, "mixture": {"single": 1}, "optimizer": {"lr": 1e-3}}
@@ -199,6 +205,32 @@ def test_running_out_of_memory_ends_with_a_checkpoint(tmp_path: Path) -> None:
     assert snapshot.step == 1
 
 
+def test_every_part_of_a_step_has_randomness_of_its_own() -> None:
+    """No two of seeds, steps and processes draw the same noise, and the same ones always do."""
+    parts = [(seed, step, process) for seed in (0, 1, 11) for step in (0, 1, 11) for process in (0, 1, 11)]
+    draws = [float(torch.rand((), generator=step_generator(*part), dtype=torch.float64)) for part in parts]
+    assert len(set(draws)) == len(parts)
+    assert draws == [float(torch.rand((), generator=step_generator(*part), dtype=torch.float64)) for part in parts]
+
+
+def test_a_checkpoint_from_before_a_field_was_added_is_resumed(tmp_path: Path) -> None:
+    """What an older checkpoint does not say about its recipe counts as the default."""
+    plan = recipe(stages=[{**STAGE, "steps": 4}])
+    first = trainer(tmp_path, plan)
+    first.report = lambda _: first.stop.set()
+    assert not first.run()
+    (file,) = (tmp_path / "checkpoints").glob("*/state.json")
+    state = json.loads(file.read_text())
+    del state["facts"]["recipe"]["pictures_every"], state["facts"]["recipe"]["gradient_checkpointing"]
+    file.write_text(json.dumps(state))
+    assert trainer(tmp_path, plan).resume()
+    with pytest.raises(TrainingError, match="another recipe"):
+        trainer(tmp_path, recipe(stages=[{**STAGE, "steps": 4}], gradient_checkpointing=True)).resume()
+    file.write_text(json.dumps({**state, "facts": {"recipe": {"name": "no recipe"}}}))
+    with pytest.raises(TrainingError, match="another recipe"):
+        trainer(tmp_path, plan).resume()
+
+
 def test_another_recipe_is_not_resumed(tmp_path: Path) -> None:
     """A changed recipe would give a run that is neither; a damaged checkpoint is named."""
     run = trainer(tmp_path, recipe(stages=[{**STAGE, "steps": 2}]))
@@ -212,48 +244,39 @@ def test_another_recipe_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_the_exported_adapter_serves_as_it_was_trained(tmp_path: Path) -> None:
-    """The picture of the unfused peft model equals that of the released file, fused and loaded like any other."""
-    run = trainer(tmp_path / "run", recipe(stages=[{**STAGE, "steps": 3, "optimizer": {"lr": 1e-2}}]))
+    """`dreamserve fuse` takes the file that training leaves, and what a worker then loads makes the unfused peft
+    model's picture, to a thousandth of its range."""
+    plan = recipe(stages=[{**STAGE, "steps": 3, "mixture": {"single_subject": 1}, "optimizer": {"lr": 1e-2}}])
+    plan = plan.model_copy(update={"model": plan.model.model_copy(update={"placeholders": "spare"})})
+    run = prepare(plan, tmp_path / "run", lambda _: None)
+    before = picture(in_training(run))
     assert run.run()
     exported = run.export()
-    trained = replace(
-        run.model,
-        tables=replace(
-            run.model.tables,
-            type=run.objective.embeddings.type_rows.detach(),
-            index=run.objective.embeddings.index_rows.detach(),
-        ),
+    command = ["--dreamo", str(exported.directory), "--version", "main", "--dtype", "float32"]
+    subprocess.run(
+        [sys.executable, "-m", "model.fuse", "--out", str(tmp_path / "fused"), *command], check=True, timeout=120
     )
+    served = load_model(ModelSource(fused=tmp_path / "fused", device="cpu"))
+    trained = picture(in_training(run))
+    torch.testing.assert_close(picture(served), trained, rtol=0, atol=1e-3)
+    assert (trained - before).abs().max() > 0.02, "three steps show"
+
+
+def in_training(run: Trainer) -> LoadedModel:
+    """The model with its peft layers, and the embeddings in the place where serving looks for them."""
+    embeddings = run.objective.embeddings
     with torch.no_grad():
-        table = trained.text.t5.get_input_embeddings().weight
-        table[-10:] = run.objective.embeddings.placeholder_rows
-    served = served_with(exported.directory, tmp_path / "served")
-    a, b = picture(trained).astype(int), picture(served).astype(int)
-    assert np.abs(a - b).max() <= 1
-    assert np.abs(a - picture(load_model(ModelSource(device="cpu"))).astype(int)).max() > 5
+        run.model.text.t5.get_input_embeddings().weight[-10:] = embeddings.placeholder_rows
+    tables = EmbeddingTables(embeddings.type_rows.detach(), embeddings.index_rows.detach())
+    return replace(run.model, tables=tables)
 
 
-def served_with(adapter: Path, folder: Path) -> LoadedModel:
-    """The shipped stack with the trained change on top of it, through the loading code of a worker."""
-    from safetensors.torch import save_file
-
-    from model.adapters import fuse, read_adapter
-    from model.checkpoints import FUSED_EMBEDDINGS, load_transformer
-
-    trained = read_adapter(adapter / "dreamo.safetensors")
-    base = load_transformer(ModelSource(device="cpu"))
-    state = fuse(base.transformer.state_dict(), [(trained, 1.0)])
-    base.transformer.load_state_dict(state, strict=False)
-    base.transformer.save_pretrained(folder / "transformer")
-    save_file(dict(trained.embeddings), folder / FUSED_EMBEDDINGS)
-    return load_model(ModelSource(base_model=str(SHIPPED), fused=folder, device="cpu"))
-
-
-def picture(model: LoadedModel) -> np.ndarray:
+def picture(model: LoadedModel) -> torch.Tensor:
+    """[3, 64, 64] in [0, 1], before it is rounded to a file's 256 levels."""
     pipeline = Pipeline(model, load_tools("auto", "auto", "cpu"))
     pixels = np.full((32, 32, 3), (200, 30, 60), np.uint8)
     request = ImageRequest("a square [ref#1] on the left", "", (), 64, 64, 3, 4.5, 4.5)
     run = pipeline.start(pipeline.encode(request, [PreparedReference(1, Role.SUBJECT, pixels)]), seed=1)
     while not run.done:
         (run,) = pipeline.step([run])
-    return pipeline.decode(run)
+    return model.codec.decode(run.latents, run.condition.target_grid)

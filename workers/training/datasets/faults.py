@@ -49,7 +49,7 @@ REMEDIES: Final[Mapping[Code, str]] = MappingProxyType(
         "all_filtered": "Every row was filtered out: lower the minimum quality, or score the pairs anew.",
         "bad_json": "Write one JSON object per line (.jsonl) or one list of objects (.json), in UTF-8.",
         "dataset_empty": "There are no rows: check the path, and that the lists or shards lie directly in it.",
-        "duplicate_key": "Give each sample a key of its own, across all files: caches go by it.",
+        "duplicate_key": "Give each sample a key of its own, across all files: messages name it.",
         "duplicate_slot": "Give each reference of a sample a slot of its own.",
         "file_missing": "Put the file there, or correct its name; names are relative to PATH, or to --images.",
         "file_unreadable": "Make it a regular file that this user may read.",

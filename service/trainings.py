@@ -1,0 +1,211 @@
+"""From a typed training request to an accepted training, and from its record to what a caller sees."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import redis
+from pydantic import ValidationError
+
+from service.admission import check_metadata
+from service.intake import faults_of
+from service.problems import Fault, Problem
+from service.schemas import JobErrorView, JobUrls, QueueView
+from service.training_schemas import (
+    AdapterView,
+    EffectiveTraining,
+    RecipeView,
+    TrainingBody,
+    TrainingProgressView,
+    TrainingRequest,
+)
+from service.views import time_text
+from workers import queues
+from workers.jobs import TRAINING, TrainingJob, TrainingProgress, TrainingRecord
+from workers.ledger import TrainingLedger
+from workers.registry import NAME, PublishedAdapter
+from workers.settings import QueueSettings
+from workers.training.recipes import OverrideError, Recipe, RecipeError, load_recipe, recipe_names
+
+_DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_RECIPE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingAdmission:
+    """What admitting trainings needs; one per process."""
+
+    settings: QueueSettings
+    ledger: TrainingLedger
+    redis: redis.Redis
+
+    def train(self, request: TrainingRequest) -> TrainingRecord:
+        """Accept one training and ring for it.
+
+        Raises:
+            Problem: 422 with every fault found.
+            redis.exceptions.RedisError: Redis is away.
+        """
+        faults = check_metadata(request.metadata)
+        recipe = self._recipe(request, faults)
+        name = request.adapter if request.adapter is not None else request.recipe
+        if not NAME.fullmatch(name) and (recipe is not None or request.adapter is not None):
+            detail = "Lowercase letters, digits, `.`, `_` and `-`, at most 64, ending with a letter or digit."
+            faults.append(Fault("/adapter", "invalid_value", detail))
+        self._check_dataset(request, recipe, faults)
+        if faults or recipe is None:
+            raise Problem.of_faults(faults)
+        job = TrainingJob(
+            id=f"train_{secrets.token_hex(16)}",
+            adapter=name,
+            recipe=recipe.model_dump(mode="json"),
+            dataset=request.dataset,
+            metadata=request.metadata,
+        )
+        self.ledger.accept(job)
+        queues.ring(self.redis, TRAINING, job.id)
+        record = self.ledger.get(job.id)
+        if record is None:  # only with a time to live of nothing, or a Redis that forgets
+            raise Problem("queue_unavailable", "The accepted training could not be read back: try again.")
+        return record
+
+    def offers(self) -> list[RecipeView]:
+        """The recipes that can be asked for."""
+        views: list[RecipeView] = []
+        for name, file in sorted(recipe_names(self.settings.recipes_dir).items()):
+            try:
+                recipe = load_recipe(str(file))
+            except RecipeError:
+                continue  # the operator's `train --dry-run` says what is wrong with it
+            if _adapts(recipe):
+                stages = [stage.name for stage in recipe.stages]
+                views.append(RecipeView(name=name, steps=recipe.steps, stages=stages, needs_dataset=_needs(recipe)))
+        return views
+
+    def datasets(self) -> list[str]:
+        """Names of the datasets that can be asked for."""
+        root = self.settings.dataset_root
+        return sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+
+    def _recipe(self, request: TrainingRequest, faults: list[Fault]) -> Recipe | None:
+        file = recipe_names(self.settings.recipes_dir).get(request.recipe)
+        if file is None:
+            detail = "There are: " + ", ".join(view.name for view in self.offers()) + "."
+            faults.append(Fault("/recipe", "recipe_unknown", detail))
+            return None
+        try:
+            recipe = load_recipe(str(file)).changed(request.overrides)
+        except OverrideError as error:
+            for path, detail in error.faults:
+                faults.append(Fault(_pointer(path), "override_invalid", detail + "."))
+            return None
+        except RecipeError:
+            faults.append(Fault("/recipe", "recipe_unusable", "The server's recipe is faulty: tell its operator."))
+            return None
+        if not _adapts(recipe):
+            detail = "It trains a base model; only recipes whose every stage trains an adapter are served."
+            faults.append(Fault("/recipe", "recipe_unusable", detail))
+        if len(recipe.model_dump_json()) > _MAX_RECIPE_BYTES:
+            faults.append(Fault("/overrides", "override_invalid", "The recipe grows beyond 64 KiB: change less."))
+        return recipe
+
+    def _check_dataset(self, request: TrainingRequest, recipe: Recipe | None, faults: list[Fault]) -> None:
+        name = request.dataset
+        if name is None:
+            if recipe is not None and _needs(recipe):
+                faults.append(Fault("/dataset", "dataset_missing", "This recipe trains on a dataset: name one."))
+        elif not _DATASET.fullmatch(name) or not (self.settings.dataset_root / name).is_dir():
+            detail = "There are: " + (", ".join(self.datasets()) or "none, the operator has to add one") + "."
+            faults.append(Fault("/dataset", "dataset_unknown", detail))
+        elif recipe is not None and not _needs(recipe):
+            detail = "This recipe makes its own records: leave the dataset out."
+            faults.append(Fault("/dataset", "invalid_value", detail))
+
+
+def validate_training(value: Any) -> TrainingRequest:
+    """The typed request.
+
+    Raises:
+        Problem: 422, one fault for each field that is missing, unknown or mistyped.
+    """
+    try:
+        return TrainingRequest.model_validate(value)
+    except ValidationError as error:
+        raise Problem.of_faults(faults_of(error)) from None
+
+
+def training_body(record: TrainingRecord, *, position: int | None, ttl_s: float) -> TrainingBody:
+    """The training's body. `position`: trainings ahead of it; `ttl_s`: life of a terminal record."""
+    job, finished = record.job, record.finished_at
+    url = f"/v1/trainings/{job.id}"
+    shown = {key: value for key, value in job.recipe.items() if key not in ("model", "data")}
+    return TrainingBody(
+        id=job.id,
+        status=record.status,
+        progress=_progress(record.progress) if record.progress else None,
+        queue=None if position is None else QueueView(position=position),
+        attempt=record.attempt,
+        cancel_requested=record.cancel_requested,
+        created_at=time_text(record.created_at),
+        started_at=None if record.started_at is None else time_text(record.started_at),
+        finished_at=None if finished is None else time_text(finished),
+        expires_at=None if finished is None else time_text(finished + ttl_s),
+        request=EffectiveTraining(adapter=job.adapter, dataset=job.dataset, recipe=shown),
+        result=asdict(record.result) if record.result else None,
+        error=JobErrorView(**asdict(record.error)) if record.error else None,
+        urls=JobUrls(self=url, cancel=f"{url}/cancel"),
+        metadata=job.metadata,
+    )
+
+
+def adapter_view(adapter: PublishedAdapter) -> AdapterView:
+    """A published adapter, without where it lies."""
+    recipe: Any = adapter.card.get("recipe")
+    steps: Any = adapter.card.get("steps")
+    return AdapterView(
+        name=adapter.name,
+        version=adapter.version,
+        published_at=time_text(adapter.published_at),
+        recipe=str(recipe["name"]) if isinstance(recipe, Mapping) and "name" in recipe else None,
+        steps=steps if isinstance(steps, int) else None,
+        files=_files(adapter.directory),
+    )
+
+
+def _progress(progress: TrainingProgress) -> TrainingProgressView:
+    left = (progress.total - progress.step) * progress.seconds_per_step
+    return TrainingProgressView(
+        stage=progress.stage,
+        step=progress.step,
+        total=progress.total,
+        losses=progress.losses,
+        samples_per_second=progress.samples_per_second,
+        seconds_left=round(left, 1) if progress.seconds_per_step else None,
+    )
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("*.safetensors"))
+
+
+def _adapts(recipe: Recipe) -> bool:
+    return all(stage.train == "adapter" for stage in recipe.stages)
+
+
+def _needs(recipe: Recipe) -> bool:
+    return recipe.data.source == "directory"
+
+
+def _pointer(path: tuple[str, ...]) -> str:
+    """JSON pointer below the overrides; it stops above a name of the caller's that we would not print."""
+    parts: list[str] = []
+    for part in path:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", part):
+            break
+        parts.append(part)
+    return "".join(f"/{part}" for part in ("overrides", *parts))

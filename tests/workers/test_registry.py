@@ -1,0 +1,72 @@
+"""Published adapters: whole or absent, known by their digest, newest first."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from workers.registry import MAIN, Registry, RegistryError
+
+
+def exported(folder: Path, content: bytes) -> Path:
+    folder.mkdir()
+    (folder / MAIN).write_bytes(content)
+    (folder / "adapter.json").write_text('{"steps": 3}')
+    return folder
+
+
+def test_the_newest_version_is_found_and_old_ones_stay(tmp_path: Path) -> None:
+    """Jobs pin versions: a new one must neither hide nor replace the one before."""
+    registry = Registry(tmp_path / "adapters")
+    first = registry.publish("toy", exported(tmp_path / "a", b"one"))
+    second = registry.publish("toy", exported(tmp_path / "b", b"two"))
+    other = registry.publish("mug", exported(tmp_path / "c", b"one"))
+    assert registry.find("toy") == second
+    assert registry.find("toy", first.version).directory.joinpath(MAIN).read_bytes() == b"one"
+    assert {adapter.name for adapter in registry.versions()} == {"toy", "mug"}
+    assert other.version == first.version and first.card == {"steps": 3}
+
+
+def test_publishing_again_changes_nothing(tmp_path: Path) -> None:
+    """A worker that lost its job may publish what its successor has published: one version, first come."""
+    registry = Registry(tmp_path / "adapters")
+    source = exported(tmp_path / "a", b"one" * 1000)
+    found: list[object] = []
+    threads = [threading.Thread(target=lambda: found.append(registry.publish("toy", source))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8 and len({repr(adapter) for adapter in found}) == 1
+    assert len(list((tmp_path / "adapters" / "toy").iterdir())) == 1, "nothing half-made is left"
+
+
+def test_a_changed_file_is_never_handed_out(tmp_path: Path) -> None:
+    """Weights that are not the published ones must not be loaded."""
+    registry = Registry(tmp_path / "adapters")
+    adapter = registry.publish("toy", exported(tmp_path / "a", b"one"))
+    (adapter.directory / MAIN).write_bytes(b"two")
+    with pytest.raises(RegistryError) as refused:
+        registry.find("toy")
+    assert refused.value.code == "adapter_corrupt"
+
+
+@pytest.mark.parametrize("name", ["../evil", "", "UPPER", "a/b", ".hidden", "x" * 65])
+def test_names_are_no_paths(tmp_path: Path, name: str) -> None:
+    """A name becomes a directory: what could lead elsewhere is refused, for reading and for writing."""
+    registry = Registry(tmp_path / "adapters")
+    for call in (lambda: registry.publish(name, exported(tmp_path / "a", b"one")), lambda: registry.find(name)):
+        with pytest.raises(RegistryError) as refused:
+            call()
+        assert refused.value.code == "adapter_unknown"
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_a_registry_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    """A trained adapter is not lost silently: the job fails with a code that says what to do."""
+    (tmp_path / "adapters").write_text("a file where the directory should be")
+    with pytest.raises(RegistryError) as refused:
+        Registry(tmp_path / "adapters").publish("toy", exported(tmp_path / "a", b"one"))
+    assert refused.value.code == "storage_unavailable" and str(tmp_path) not in refused.value.message

@@ -1,0 +1,47 @@
+"""Training by several processes under DDP: one result, the same in each, and as exactly resumable as one process'."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+from workers.training.snapshots import newest_snapshot
+
+STEPS = 6
+
+
+def run(directory: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What the two processes ended with."""
+    directory.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    subprocess.run(
+        [*command, "tests.workers.training.spread", str(directory), *arguments],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+        capture_output=True,
+    )
+    return [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_train_one_model_and_resume_exactly(tmp_path: Path) -> None:
+    """Both processes hold the same weights after an adapter and a base stage, whether or not the run was stopped
+    between (one process hears of the stop, both obey); only one reports and saves."""
+    calm = run(tmp_path / "calm")
+    assert calm[0]["digest"] == calm[1]["digest"]
+    assert [rank["step"] for rank in calm] == [STEPS, STEPS]
+    assert [len(rank["losses"]) for rank in calm] == [STEPS, 0]
+    stopped = run(tmp_path / "stopped", "2")
+    assert [rank["step"] for rank in stopped] == [2, 2]
+    assert stopped[0]["digest"] == stopped[1]["digest"] != calm[0]["digest"]
+    resumed = run(tmp_path / "stopped")
+    assert [rank["digest"] for rank in resumed] == [rank["digest"] for rank in calm]
+    assert stopped[0]["losses"] + resumed[0]["losses"] == calm[0]["losses"]
+    snapshot = newest_snapshot(tmp_path / "calm" / "checkpoints")
+    assert snapshot is not None and snapshot.step == STEPS

@@ -1,0 +1,249 @@
+"""The training worker: what it trains survives kills, signals and cancellation, and is published exactly once."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import redis
+import torch
+from safetensors.torch import load_file
+
+from workers import queues
+from workers.jobs import TRAINING, JobStatus, TrainingJob, TrainingRecord
+from workers.ledger import Ledger, TrainingLedger
+from workers.redis_process import RedisProcess
+from workers.registry import Registry
+from workers.settings import TrainingSettings
+from workers.training.recipes import load_recipe
+from workers.training.worker import TrainingRunner, sweep_runs
+
+T = TypeVar("T")
+LEASE_S = 1.0
+SMALL = {
+    "save_every": 1,
+    "lora": {"rank": 2},
+    "stages": {
+        "warm-up": {"steps": 4, "batch": 1},
+        "all-tasks": {"steps": 4, "batch": 1},
+        "quality": {"steps": 2, "batch": 1},
+    },
+}
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Yard:
+    """One Redis and one state directory, and the hands to submit and to work."""
+
+    url: str
+    home: Path
+    client: redis.Redis
+    ledger: TrainingLedger
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.home / "adapters")
+
+    def submit(self, name: str = "one", **overrides: Any) -> str:
+        recipe = load_recipe("sticker-adapter").changed(SMALL | overrides)
+        job = TrainingJob(f"train_{name}", "stickers", recipe.model_dump(mode="json"))
+        assert self.ledger.accept(job)
+        queues.ring(self.client, TRAINING, job.id)
+        return job.id
+
+    def record(self, job_id: str) -> TrainingRecord:
+        record = self.ledger.get(job_id)
+        assert record is not None
+        return record
+
+    def runner(self, **changes: Any) -> TrainingRunner:
+        settings = TrainingSettings(redis_url=self.url, state_dir=self.home, lease_s=60.0, **changes)
+        return TrainingRunner(self.client, self.ledger, self.registry, settings, "in-process")
+
+    def step(self, job_id: str) -> int:
+        progress = self.record(job_id).progress
+        return progress.step if progress else 0
+
+    def saved(self, job_id: str) -> int:
+        """The newest checkpoint's step; 0 without one."""
+        names = [path.name for path in (self.home / "trainings" / job_id / "checkpoints").glob("step-*")]
+        return max((int(name.partition("-")[2]) for name in names), default=0)
+
+
+@pytest.fixture
+def yard(server: RedisProcess, client: redis.Redis, tmp_path: Path) -> Yard:
+    return Yard(server.url, tmp_path, client, Ledger(client, TRAINING, lease_s=60.0, max_attempts=10))
+
+
+@pytest.fixture
+def spawn(yard: Yard) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Start worker processes with a short lease; none survives the test."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("DREAMSERVE_")},
+            "DREAMSERVE_REDIS_URL": yard.url,
+            "DREAMSERVE_STATE_DIR": str(yard.home),
+            "DREAMSERVE_LEASE_S": str(LEASE_S),
+            "OMP_NUM_THREADS": "1",
+        }
+        with (yard.home / "worker.log").open("ab") as log:
+            command = [sys.executable, "-m", "workers.training.worker"]
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 90.0) -> T:
+    """Look until there is something to see."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        seen = look()
+        if seen:
+            return seen
+        time.sleep(0.005)
+    raise AssertionError(f"waited in vain for {what}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums depend on how they are split: as many threads here as in the processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_five_kills_change_nothing(yard: Yard, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
+    """Killed at five random steps, the training ends with the losses and the very file of an undisturbed one."""
+    calm = yard.submit("calm")
+    yard.runner().run(calm)
+    wanted = yard.record(calm).result
+    assert wanted is not None and wanted.steps == STEPS
+    queues.acknowledge(yard.client, TRAINING, calm)
+    version = yard.registry.find("stickers").version
+    job = yard.submit("stormy")
+    random.seed(2024)
+    for kill_at in sorted(random.sample(range(1, STEPS), 5)):
+        process = spawn()
+        wait_for(lambda at=kill_at: yard.saved(job) >= at, f"step {kill_at}")
+        process.kill()
+        process.wait()
+    spawn()
+    wait_for(lambda: yard.record(job).status.terminal, "the end")
+    record = yard.record(job)
+    assert record.status is JobStatus.SUCCEEDED, record.error
+    assert record.attempt == 6, "each kill is one attempt"
+    assert record.result == wanted
+    assert [adapter.version for adapter in yard.registry.versions()] == [version], "the same bytes, published once"
+    wait_for(lambda: not (yard.home / "trainings" / job).exists(), "its checkpoints to be cleared away")
+
+
+def test_sigterm_hands_the_training_on(yard: Yard, spawn: Callable[[], subprocess.Popen[bytes]]) -> None:
+    """A worker that is asked to leave gives the training back with a checkpoint; no attempt is charged."""
+    job = yard.submit(stages={**SMALL["stages"], "all-tasks": {"steps": 400, "batch": 1}})  # type: ignore[dict-item]  # a test's literal
+    process = spawn()
+    wait_for(lambda: yard.step(job) >= 2, "some steps")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    record = yard.record(job)
+    assert (record.status, record.attempt) == (JobStatus.QUEUED, 1)
+    assert queues.queue(yard.client, TRAINING).get_job_ids() == [job]
+    assert yard.saved(job) >= 2
+    spawn()
+    before = yard.saved(job)
+    wait_for(lambda: yard.step(job) > before, "more steps")
+    yard.ledger.cancel(job)
+    wait_for(lambda: yard.record(job).status.terminal, "the end")
+    assert yard.record(job).status is JobStatus.CANCELED
+    wait_for(lambda: not (yard.home / "trainings" / job).exists(), "its checkpoints to be cleared away")
+    assert yard.registry.versions() == []
+
+
+def test_a_lost_worker_publishes_but_commits_nothing(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose lease lapsed finds out at its next word, stops, and leaves the training to others."""
+    job = yard.submit()
+    runner = yard.runner()
+    taken: list[str] = []
+
+    def lapse_and_beat(*arguments: Any) -> Any:
+        hasty = Ledger(yard.client, TRAINING, lease_s=0.0, max_attempts=10)
+        answer = hasty.beat(*arguments)
+        taken.extend(hasty.reap())
+        return answer if not taken else "lost"
+
+    monkeypatch.setattr(runner.ledger, "beat", lapse_and_beat)
+    runner.run(job)
+    assert taken == [job]
+    record = yard.record(job)
+    assert (record.status, record.attempt, record.result) == (JobStatus.QUEUED, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "code"),
+    [
+        ({"stages": {"warm-up": {"optimizer": {"lr": 1e30, "clip": None}}}}, "training_failed"),
+        ({"stages": {"warm-up": {"mixture": {"no_such_task": 1.0}}}}, "training_data"),
+        ({"lora": {"targets": "all"}}, "training_targets"),
+    ],
+)
+def test_failures_are_named(yard: Yard, recipe: dict[str, Any], code: str) -> None:
+    """What goes wrong in a training ends as a code and a remedy, and never as a stuck job."""
+    stages = {name: SMALL["stages"][name] | recipe.get("stages", {}).get(name, {}) for name in SMALL["stages"]}  # type: ignore[index]  # as above
+    job = yard.submit(**{**recipe, "stages": stages})
+    yard.runner().run(job)
+    record = yard.record(job)
+    assert record.status is JobStatus.FAILED and record.error is not None
+    assert record.error.code == code
+    assert str(yard.home) not in record.error.message
+
+
+def test_an_unknown_recipe_or_dataset_is_refused(yard: Yard) -> None:
+    """A record of another version, or a dataset that was removed: failed with a code, not retried for ever."""
+    yard.ledger.accept(TrainingJob("train_old", "a", {"name": "old", "stages": [], "unheard_of": 1}))
+    yard.ledger.accept(TrainingJob("train_gone", "a", load_recipe("sticker-adapter").model_dump(mode="json"), "gone"))
+    runner = yard.runner()
+    for job in ("train_old", "train_gone"):
+        runner.run(job)
+        error = yard.record(job).error
+        assert error is not None and error.code == "training_data"
+
+
+def test_a_published_adapter_is_what_was_trained(yard: Yard) -> None:
+    """The registry's file holds the trained change in released keys, and its digest is the result's version."""
+    job = yard.submit()
+    yard.runner().run(job)
+    result = yard.record(job).result
+    assert result is not None
+    adapter = yard.registry.find("stickers", result.version)
+    tensors = load_file(adapter.directory / "dreamo.safetensors")
+    ups = [tensor for name, tensor in tensors.items() if name.endswith("up.weight")]
+    assert ups and all(tensor.abs().max() > 0 for tensor in ups)
+    assert adapter.card["steps"] == STEPS and set(result.losses) >= {"flow"}
+
+
+def test_forgotten_runs_are_swept(tmp_path: Path) -> None:
+    """Checkpoints of a training that was never taken up again do not fill the disk; fresh ones stay."""
+    for name in ("old", "new"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    long_ago = time.time() - 40 * 86_400
+    for path in (tmp_path / "old" / "checkpoints", tmp_path / "old"):
+        os.utime(path, (long_ago, long_ago))
+    sweep_runs(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -1,0 +1,182 @@
+"""A worker process around one runner: its signals, its card, its deliveries and its way back to Redis.
+
+    start ─▶ announce ─▶ load ─▶ RQ's loop: delivery ─▶ run(job) ─▶ … until a signal, Redis away or not
+
+What kind of jobs it runs is the runner's affair.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+import redis
+import structlog
+from redis.exceptions import RedisError
+from rq.exceptions import StopRequested
+
+from workers import queues
+from workers.caretaker import Caretaker, Claim
+from workers.delivery import DeliveryWorker
+from workers.jobs import AnyKind
+from workers.ledger import Ledger
+from workers.redis_process import find_redis
+from workers.settings import QueueSettings
+
+_LOG = structlog.stdlib.get_logger("workers.process")
+
+
+class ConfigurationError(Exception):
+    """The environment does not say what a worker needs; the message names the remedy and holds no secret."""
+
+
+class Runner(Protocol):
+    """Runs claimed jobs of one kind, one at a time. `claim` is the one in hand."""
+
+    @property
+    def claim(self) -> Claim | None: ...
+
+    def run(self, job_id: str) -> None:
+        """Claim a job and bring it to an end, or nothing if it cannot be claimed."""
+        ...
+
+    def stop(self) -> None:
+        """The process is asked to leave; called once, from a signal handler."""
+        ...
+
+
+_RUNNER: ContextVar[Runner] = ContextVar("runner")
+"""The hot runner of this process; RQ calls functions, not objects."""
+
+
+def run_delivered(job_id: str) -> None:
+    """What every delivered function does."""
+    _RUNNER.get().run(job_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """Where a worker process works.
+
+    Attributes:
+        open_ledger: the ledger of its kind over a client.
+        stall_s: a job without any progress for so long gives up its lease.
+        sweep: clears what expired jobs have left, now and then.
+    """
+
+    url: str
+    kind: AnyKind
+    open_ledger: Callable[[redis.Redis], Ledger[Any, Any, Any]]
+    stall_s: float
+    sweep: Callable[[], object]
+
+    def connect(self) -> redis.Redis:
+        """A client of one's own."""
+        return queues.connect(self.url, timeout_s=3.0)
+
+
+class WorkerProcess:
+    """One worker process. `card` is what it announces beside its state."""
+
+    def __init__(self, station: Station, card: dict[str, Any]) -> None:
+        self.station = station
+        self.name = f"{socket.gethostname()}.{os.getpid()}"
+        self.stop = threading.Event()
+        self.card: dict[str, Any] = {"pid": os.getpid(), **card}
+        self.runner: Runner | None = None
+
+    def run(self, load: Callable[[str], tuple[Runner, dict[str, Any]]], *, burst: bool) -> None:
+        """Announce, load, serve until stopped.
+
+        Args:
+            load: given the process' name, makes the runner and what to add to the card; its errors pass.
+            burst: end when no job is left.
+        """
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        client = self.station.connect()
+        caretaker = Caretaker(
+            client,
+            self.station.kind,
+            self.station.open_ledger(client),
+            self.name,
+            card=lambda: {**self.card, "state": self.state()},
+            claim=lambda: self.runner.claim if self.runner else None,
+            stall_s=self.station.stall_s,
+            sweep=self.station.sweep,
+        )
+        caretaker.start()
+        try:
+            runner, details = load(self.name)
+            self.card |= details
+            self.runner = runner
+            _RUNNER.set(runner)
+            _LOG.info("ready", **self.card)
+            self._serve(caretaker, burst=burst)
+        finally:
+            caretaker.halt()
+
+    def state(self) -> str:
+        """One word for the card."""
+        if self.stop.is_set():
+            return "stopping"
+        if self.runner is None:
+            return "loading"
+        return "busy" if self.runner.claim is not None else "ready"
+
+    def _serve(self, caretaker: Caretaker, *, burst: bool) -> None:
+        """Let RQ's loop run; when it gives up because Redis is away, wait and begin anew, the runner hot."""
+        life = 0
+        while not self.stop.is_set():
+            life += 1
+            try:
+                caretaker.announce()
+                # A new name each time: RQ refuses one whose last life could not be signed off.
+                client = queues.connect(self.station.url)
+                worker = DeliveryWorker(client, self.station.kind, f"{self.name}.{life}", self.stop)
+                worker.work(burst=burst)
+                if burst:
+                    return
+            except (RedisError, StopRequested) as error:
+                _LOG.warning("queue loop interrupted", exception=type(error).__name__)
+            self.stop.wait(0.5)
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        """Let the runner end its job its own way, then leave. Loading is dropped; a second Ctrl-C does not wait."""
+        if self.runner is None or (signum == signal.SIGINT and self.stop.is_set()):
+            raise SystemExit(0 if self.runner is None else 130)
+        if not self.stop.is_set():
+            self.stop.set()
+            self.runner.stop()
+
+
+def find_url(settings: QueueSettings) -> str:
+    """The configured Redis, or the private one of a service that runs on the same state directory.
+
+    Raises:
+        ConfigurationError: neither is there, or the URL is none.
+    """
+    url = settings.redis_url or find_redis(settings.state_dir)
+    if url is None:
+        raise ConfigurationError(
+            f"no Redis: set DREAMSERVE_REDIS_URL, or start the service on {settings.state_dir} first"
+        )
+    try:
+        queues.connect(url).close()
+    except ValueError as error:
+        raise ConfigurationError(f"DREAMSERVE_REDIS_URL: {error}") from error
+    return url
+
+
+def refuse(message: str) -> int:
+    """Say in one line why the process cannot work; returns its exit code."""
+    sys.stderr.write(f"dreamserve worker: {message}\n")
+    return 2

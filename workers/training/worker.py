@@ -1,0 +1,303 @@
+"""The training worker process: takes trainings from the queue, one after the other, and publishes what they make.
+
+    python -m workers.training.worker [--burst]
+
+A training's checkpoints lie under its own id, so a training that lost its worker goes on where it was, on this
+worker or another that shares the state directory. SIGTERM ends the step at hand, writes a checkpoint and gives the
+training back to the queue. Exit codes: 0 stopped, or with `--burst` all done; 2 the configuration does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import redis
+import structlog
+from pydantic import ValidationError
+from redis.exceptions import RedisError
+
+from model.errors import ModelError
+from workers import queues
+from workers.caretaker import Claim
+from workers.jobs import TRAINING, JobError, TrainingJob, TrainingProgress, TrainingResult
+from workers.ledger import DamagedRecordError, Ledger, TrainingLedger
+from workers.logs import configure_logging
+from workers.process import ConfigurationError, Station, WorkerProcess, find_url, refuse, run_delivered
+from workers.registry import Registry, RegistryError
+from workers.runner import insist
+from workers.settings import TrainingSettings, describe_bad_settings
+from workers.training.export import ExportError
+from workers.training.recipes import Recipe, RecipeError
+from workers.training.snapshots import SnapshotError
+from workers.training.start import prepare
+from workers.training.trainer import StepReport, Trainer, TrainingError
+
+_LOG = structlog.stdlib.get_logger("workers.training")
+_TELL_EVERY_S: Final = 0.5
+"""Progress and cancellation travel this often, however short the steps."""
+_ABANDONED_S: Final = 30 * 86_400.0
+
+
+def train(job_id: str) -> None:
+    """Run one training: the only function that a delivery can name."""
+    run_delivered(job_id)
+
+
+@dataclass(slots=True)
+class TrainingRunner:
+    """Runs claimed trainings. `claim` is the one in hand."""
+
+    client: redis.Redis
+    ledger: TrainingLedger
+    registry: Registry
+    settings: TrainingSettings
+    worker: str
+    claim: Claim | None = None
+    leaving: bool = False
+
+    def run(self, job_id: str) -> None:
+        """Claim a training and bring it to an end, or back to the queue if the process is to leave.
+
+        Raises:
+            redis.exceptions.RedisError: Redis was away for longer than a finished training may wait. The lease
+                lapses, and the training goes on from its last checkpoint.
+        """
+        token = self.ledger.claim(job_id, self.worker)
+        if token is None:
+            _LOG.info("delivery of a training that is not queued", job_id=job_id)
+            return
+        self.claim = Claim(job_id, token, time.monotonic())
+        started = time.monotonic()
+        try:
+            state = _Attempt(self, self.claim).run()
+        finally:
+            self.claim = None
+            gc.collect()  # the trained model goes before the next is loaded
+        _LOG.info("training ended", job_id=job_id, state=state, seconds=round(time.monotonic() - started, 1))
+
+    def stop(self) -> None:
+        """The step at hand is the last one here."""
+        self.leaving = True
+
+
+Stopped = Literal["canceled", "lost", "leaving"]
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One claim's walk: prepare, resume, train, export, publish, commit."""
+
+    runner: TrainingRunner
+    claim: Claim
+    trainer: Trainer | None = None
+    stopped: Stopped | None = None
+    losses: dict[str, float] = field(default_factory=dict[str, float])
+    told_at: float = 0.0
+    stepped_at: float = 0.0
+    pace: float = 0.0
+
+    def run(self) -> str:
+        """Train and write the end into the ledger; returns the end's name for the log."""
+        job_id, token, ledger = self.claim.job_id, self.claim.token, self.runner.ledger
+        try:
+            result = self._make()
+        except Exception as error:  # noqa: BLE001 - the outermost task shell: nothing may pass it unrecorded
+            reason = training_error(error)
+            _LOG.warning("training failed", job_id=job_id, code=reason.code, exception=type(error).__name__)
+            return "failed" if self._insist(lambda: ledger.fail(job_id, token, reason)) else "lost"
+        if result is not None:
+            if not self._insist(lambda: ledger.commit(job_id, token, result)):
+                return "lost"
+            self._clear()
+            return "succeeded"
+        if self.stopped == "canceled" and self._insist(lambda: ledger.release_canceled(job_id, token)):
+            self._clear()
+        elif self.stopped == "leaving" and self._insist(lambda: ledger.hand_back(job_id, token)):
+            queues.ring_again(self.runner.client, TRAINING, job_id)
+        return str(self.stopped)
+
+    def _make(self) -> TrainingResult | None:
+        """The result, or None when stopped."""
+        record = self.runner.ledger.get(self.claim.job_id)
+        if record is None:
+            self.stopped = "lost"
+            return None
+        recipe = recipe_of(record.job, self.runner.settings)
+        self.trainer = prepare(recipe, self._directory, self._on_step)
+        if self.trainer.resume():
+            _LOG.info("training goes on", job_id=self.claim.job_id, step=self.trainer.step)
+        if self.runner.leaving:
+            self._stop("leaving")
+        stage, _ = recipe.at(min(self.trainer.step, recipe.steps - 1))
+        self._tell(TrainingProgress(stage.name, self.trainer.step, recipe.steps, {}, 0.0, 0.0))
+        if not self.trainer.run():
+            return None
+        exported = self.trainer.export()
+        adapter = self.runner.registry.publish(record.job.adapter, exported.directory)
+        return TrainingResult(adapter.name, adapter.version, self.trainer.step, self.losses)
+
+    def _on_step(self, report: StepReport) -> None:
+        now = time.monotonic()
+        self.claim.moved_at = now
+        if self.stepped_at:
+            seconds = now - self.stepped_at
+            self.pace = seconds if self.pace == 0 else 0.9 * self.pace + 0.1 * seconds
+        self.stepped_at = now
+        self.losses = {name: value for name, value in report.losses.items() if not math.isnan(value)}
+        if self.runner.leaving:
+            self._stop("leaving")
+        if now - self.told_at >= _TELL_EVERY_S:
+            speed = report.samples / self.pace if self.pace else 0.0
+            place = (report.stage, report.step, report.total_steps)
+            self._tell(TrainingProgress(*place, self.losses, round(speed, 2), round(self.pace, 4)))
+
+    def _tell(self, progress: TrainingProgress) -> None:
+        """Tell the ledger; a Redis that is away for a moment stops no training."""
+        self.told_at = time.monotonic()
+        try:
+            answer = self.runner.ledger.beat(self.claim.job_id, self.claim.token, progress)
+        except RedisError as error:
+            _LOG.warning("beat not heard", job_id=self.claim.job_id, exception=type(error).__name__)
+            return
+        if answer != "ok":
+            self._stop(answer)
+
+    def _stop(self, reason: Stopped) -> None:
+        self.stopped = reason
+        cast("Trainer", self.trainer).stop.set()
+
+    def _insist(self, write: Callable[[], bool]) -> bool:
+        return insist(write, self.runner.settings.commit_patience_s)
+
+    @property
+    def _directory(self) -> Path:
+        return self.runner.settings.run_root / self.claim.job_id
+
+    def _clear(self) -> None:
+        """An ended training needs its checkpoints no more."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def recipe_of(job: TrainingJob, settings: TrainingSettings) -> Recipe:
+    """The job's recipe, on this worker's base model and, if it names one, its dataset.
+
+    Raises:
+        RecipeError: it is no recipe, or the dataset is not there.
+    """
+    try:
+        recipe = Recipe.model_validate(job.recipe)
+    except ValidationError:
+        raise RecipeError("the recipe of this training is not one this version knows: submit it again") from None
+    dataset = None if job.dataset is None else settings.dataset_root / job.dataset
+    if dataset is not None and not dataset.is_dir():
+        raise RecipeError(f"there is no dataset {job.dataset!r} on the training worker")
+    return recipe.with_overrides(base=settings.base_model, data=dataset)
+
+
+def training_error(error: Exception) -> JobError:
+    """What the caller may know of a failure. Paths of the server stay in its log."""
+    match error:
+        case ModelError() | RegistryError():
+            return JobError(error.code, error.message, retryable=error.code == "storage_unavailable")
+        case TrainingError():
+            what = str(error).partition("; a checkpoint")[0]
+            return JobError("training_failed", f"{what}: lower the learning rate or the batch.")
+        case RecipeError():
+            _LOG.warning("recipe refused", reason=str(error))
+        case _:
+            pass
+    return _KNOWN.get(type(error)) or JobError("internal", f"The worker failed with {type(error).__name__}.")
+
+
+_KNOWN: Mapping[type[Exception], JobError] = {
+    RecipeError: JobError(
+        "training_data",
+        "The recipe does not fit the base model or the dataset: run `dreamserve dataset check` on the dataset, "
+        "and `dreamserve train --dry-run` with the recipe.",
+    ),
+    SnapshotError: JobError(
+        "storage_unavailable", "A checkpoint cannot be written or read: make room and try again.", retryable=True
+    ),
+    ExportError: JobError(
+        "training_targets", "The trained modules have no place in the released format: use lora.targets released."
+    ),
+    DamagedRecordError: JobError("internal", "The training's record is damaged: submit it again."),
+}
+
+
+def run_worker(settings: TrainingSettings, *, burst: bool = False) -> int:
+    """Run a training worker until it is stopped.
+
+    Returns:
+        The exit code.
+    """
+    configure_logging(settings.log_level)
+    try:
+        station = open_station(settings)
+        WorkerProcess(station, {"base_model": Path(settings.base_model).name}).run(
+            lambda name: _runner(settings, station, name), burst=burst
+        )
+    except ConfigurationError as error:
+        return refuse(str(error))
+    return 0
+
+
+def open_station(settings: TrainingSettings) -> Station:
+    """Where a training worker works.
+
+    Raises:
+        ConfigurationError: no Redis, or a URL that is none.
+    """
+
+    def open_ledger(client: redis.Redis) -> TrainingLedger:
+        return Ledger(
+            client,
+            TRAINING,
+            job_ttl_s=settings.job_ttl_s,
+            lease_s=settings.lease_s,
+            max_attempts=settings.max_attempts,
+        )
+
+    return Station(find_url(settings), TRAINING, open_ledger, settings.stall_s, lambda: sweep_runs(settings.run_root))
+
+
+def sweep_runs(root: Path, max_age_s: float = _ABANDONED_S) -> None:
+    """Remove the checkpoints of trainings that nobody has worked on for a month."""
+    now = time.time()
+    for run in root.glob("*"):
+        if now - max((file.stat().st_mtime for file in run.rglob("*")), default=run.stat().st_mtime) > max_age_s:
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def _runner(settings: TrainingSettings, station: Station, name: str) -> tuple[TrainingRunner, dict[str, Any]]:
+    client = station.connect()
+    ledger = station.open_ledger(client)
+    return TrainingRunner(client, ledger, Registry(settings.adapter_root), settings, name), {}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m workers.training.worker", description="Run trainings.")
+    parser.add_argument("--burst", action="store_true", help="end when no training is left")
+    burst: bool = parser.parse_args(arguments).burst
+    try:
+        settings = TrainingSettings()
+    except ValidationError as error:
+        return refuse(describe_bad_settings(error))
+    return run_worker(settings, burst=burst)
+
+
+if __name__ == "__main__":
+    # RQ imports this module by name to find `train`: what runs must be that module, not a second copy.
+    from workers.training.worker import main as _main
+
+    sys.exit(_main())
