@@ -191,7 +191,7 @@ def test_each_variant_changes_what_its_name_says() -> None:
     assert last == quality
     assert everything.steps * everything.batch == warm_up.steps * warm_up.batch + all_tasks.steps * all_tasks.batch
     assert everything.mixture == all_tasks.mixture
-    assert everything.rate(0) == warm_up.rate(0) < everything.rate(200) == all_tasks.rate(200)
+    assert everything.rate(0) == warm_up.rate(0) < everything.rate(100) == all_tasks.rate(100)
     assert {(stage.batch, stage.train) for stage in plan.stages} == {(16, "adapter")}
     assert plan.model.base is None
 
