@@ -47,7 +47,7 @@ bench: $(VENV)/dev.stamp ## measure; rows go to tests/benchmarks/results
 
 gpu: ## on a machine with CUDA and torch: GPU tests, then benchmarks (PYTHON names the interpreter)
 	$(or $(PYTHON),$(BIN)/python) -m pytest -m gpu tests
-	$(or $(PYTHON),$(BIN)/python) -m tests.benchmarks --device cuda
+	$(or $(PYTHON),$(BIN)/python) -m tests.benchmarks --device cuda --write-table
 
 tiny: $(VENV)/dev.stamp ## train the shipped model from nothing (hours; can be stopped and repeated)
 	$(BIN)/python -m workers.training.small_model model/tiny

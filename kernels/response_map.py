@@ -6,112 +6,45 @@
 Q_i are the queries of reference i, K the keys of the target, R_k the key of placeholder k. The mean over queries is
 taken before the product, with which it commutes: O((l_i + l)·H·d) time and memory instead of O(l_i·l·H).
 
-Shapes: S tokens of a pack in request order, H heads, d head dimension; R requests of the same shape are read
-together: n references of l_1 … l_n tokens each, a target of l tokens. Everything is summed in float32 or wider.
+Shapes: as in `kernels.sites`. Everything is summed in float32 or wider. Equation 2 is `kernels.pooled_response`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Heads = Literal["mean", "sum", "per_head"]
-"""What becomes of the heads' maps: their mean (the default), their sum, or one map each."""
+from kernels.pooled_response import Heads, chosen, pooled_maps, pooled_response
+from kernels.sites import Reading, ReadTokens, Sites, plan_reading, read, read_placeholders
+
+__all__ = [
+    "GroupResponse",
+    "Heads",
+    "ReadTokens",
+    "Reading",
+    "Sites",
+    "placeholder_response",
+    "plan_reading",
+    "pooled_response",
+    "read",
+    "respond",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Sites:
-    """Where in a pack the tokens of R requests of the same shape lie. All numbers are places in request order.
+class GroupResponse:
+    """What one block's queries and keys say of a group of requests of the same shape.
 
     Attributes:
-        references: per reference of a request, [R, l_j].
-        target: [R, l]; None where no map is wanted.
-        placeholders: [R, n, D], up to D text tokens name each reference; None where no response is wanted.
-        shares: [R, n, D] float64, what each of them counts: 1 / their number, 0 for filling; None where D is 1.
+        route: [R, n, l], or [R, n, H, l] for `per_head`; None where no map is wanted.
+        holder: n tensors [R, l_j, n] that sum to 1 over n; empty where no response is wanted.
     """
 
-    references: tuple[Tensor, ...]
-    target: Tensor | None = None
-    placeholders: Tensor | None = None
-    shares: Tensor | None = None
-
-    @property
-    def keys(self) -> tuple[Tensor, ...]:
-        """The sites that are read from the keys."""
-        return tuple(site for site in (self.target, self.placeholders) if site is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """All sites of a pack, flattened, so that one gather of queries and one of keys fetch them.
-
-    Attributes:
-        queries, keys: token numbers, the sites one after the other.
-    """
-
-    sites: tuple[Sites, ...]
-    queries: Tensor
-    keys: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class ReadTokens:
-    """Queries and keys of R requests of the same shape.
-
-    Attributes:
-        references: per reference of a request, its queries [R, l_j, H, d].
-        target: keys [R, l, H, d]. placeholders: mean key of each reference's placeholders [R, n, H, d], summed wide.
-    """
-
-    references: tuple[Tensor, ...]
-    target: Tensor | None
-    placeholders: Tensor | None
-
-
-def plan_reading(sites: Sequence[Sites]) -> Reading:
-    """What `read` needs, made once for all layers."""
-    queries = [index.flatten() for site in sites for index in site.references]
-    keys = [index.flatten() for site in sites for index in site.keys]
-    return Reading(tuple(sites), torch.cat(queries), torch.cat(keys))
-
-
-def read(query: Tensor, key: Tensor, reading: Reading) -> tuple[ReadTokens, ...]:
-    """Fetch the tokens of each group of `reading.sites` from query and key [S, H, d]."""
-    query_sizes = [index.numel() for site in reading.sites for index in site.references]
-    key_sizes = [index.numel() for site in reading.sites for index in site.keys]
-    queries = iter(query.index_select(0, reading.queries).split(query_sizes))
-    keys = iter(key.index_select(0, reading.keys).split(key_sizes))
-    return tuple(
-        ReadTokens(
-            references=tuple(next(queries).unflatten(0, index.shape) for index in site.references),
-            target=None if site.target is None else next(keys).unflatten(0, site.target.shape),
-            placeholders=None if site.placeholders is None else _named(next(keys), site.placeholders, site.shares),
-        )
-        for site in reading.sites
-    )
-
-
-def pooled_response(references: Sequence[Tensor], target: Tensor, heads: Heads = "mean") -> Tensor:
-    """Equation 2 averaged over each reference's queries.
-
-    Args:
-        references: n tensors [R, l_j, H, d]. target: [R, l, H, d].
-
-    Returns:
-        [R, n, l], or [R, n, H, l] for `per_head`; float32 or wider.
-    """
-    wide = torch.promote_types(target.dtype, torch.float32)
-    num_heads, head_dim = target.shape[-2:]
-    pooled = torch.stack([query.mean(1, dtype=wide) for query in references], 1) * head_dim**-0.5
-    if heads == "per_head":
-        return torch.einsum("rnhd,rlhd->rnhl", pooled, target.to(wide))
-    # The heads' products add up in one product over all H·d channels.
-    share = 1 / num_heads if heads == "mean" else 1.0
-    return (pooled * share).flatten(2) @ target.to(wide).flatten(2).mT
+    route: Tensor | None
+    holder: tuple[Tensor, ...]
 
 
 def placeholder_response(
@@ -134,7 +67,38 @@ def placeholder_response(
     return tuple((query.to(wide).flatten(2) @ keys).softmax(-1) for query in references)
 
 
-def _named(keys: Tensor, sites: Tensor, shares: Tensor | None) -> Tensor:
-    """Keys [R·n·D, H, d] of placeholders → their mean for each reference, [R, n, H, d]."""
-    wide = keys.to(torch.promote_types(keys.dtype, torch.float32)).unflatten(0, sites.shape)
-    return wide.squeeze(2) if shares is None else (wide * shares[..., None, None].to(wide.dtype)).sum(2)
+def respond(
+    query: Tensor,
+    key: Tensor,
+    reading: Reading,
+    heads: Heads = "mean",
+    *,
+    scaled: bool = True,
+    backend: str | None = None,
+) -> tuple[GroupResponse, ...]:
+    """Both equations for all groups of a pack.
+
+    Args:
+        query, key: [S, H, d] in request order, any strides but the last, which is 1.
+        backend: of equation 2, "triton" or "reference"; otherwise `kernels.dispatch` chooses.
+    """
+    backend = backend or chosen(query)
+    if backend == "reference":  # One gather of queries and one of keys serve both.
+        return tuple(
+            GroupResponse(
+                route=None if seen.target is None else pooled_response(seen.references, seen.target, heads),
+                holder=_holder(seen, scaled),
+            )
+            for seen in read(query, key, reading)
+        )
+    routes = pooled_maps(query, key, reading, heads, backend=backend)
+    return tuple(
+        GroupResponse(route, () if site.placeholders is None else _holder(read_placeholders(query, key, site), scaled))
+        for route, site in zip(routes, reading.sites, strict=True)
+    )
+
+
+def _holder(seen: ReadTokens, scaled: bool) -> tuple[Tensor, ...]:
+    if seen.placeholders is None:
+        return ()
+    return placeholder_response(seen.references, seen.placeholders, scaled=scaled)

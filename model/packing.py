@@ -107,7 +107,7 @@ class Layout:
         inverse: [S] the inverse permutation of `order`.
         text_rows [T], image_rows [I], joint_rows [S]: modulation row of each token.
         type_rows, index_rows: [I] embedding row + 1 of each image token, 0 for none.
-        targets: per request, the slice of its target tokens in the image stream.
+        targets: per request, the slice of its target tokens in the image stream. joint_targets: in request order.
     """
 
     segments: tuple[Segment, ...]
@@ -122,6 +122,7 @@ class Layout:
     type_rows: torch.Tensor
     index_rows: torch.Tensor
     targets: tuple[slice, ...]
+    joint_targets: tuple[slice, ...]
 
     @property
     def num_text(self) -> int:
@@ -237,6 +238,7 @@ def _index(table: _Table, boundaries: tuple[int, ...], device: torch.device) -> 
         type_rows=spread([(0 if s.type_row is None else s.type_row + 1, s.length) for s in image]),
         index_rows=spread([(0 if s.index_row is None else s.index_row + 1, s.length) for s in image]),
         targets=tuple(slice(s.stream_start, s.stream_start + s.length) for s in image if s.kind is Kind.TARGET),
+        joint_targets=tuple(slice(s.start, s.start + s.length) for s in image if s.kind is Kind.TARGET),
     )
 
 

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels import dispatch
 from model.checkpoints import LoadedModel, ModelSource, load_model
+from model.network import ready
 from model.noise import Draws, SeededDraws
 from model.packing import Condition, ReferenceTokens
 from model.positions import Grid
 from model.preprocess import Reference, Tools, load_tools, prepare_reference, to_tensor_range
 from model.roles import Role
-from model.sampling import Denoising, Guidance, advance
+from model.sampling import Denoising, Guidance, Sampler
 from model.schedule import sigmas
 from model.spec import ModelSpec
 from model.text import PromptEmbeds
@@ -80,6 +82,7 @@ class Pipeline:
     def __init__(self, model: LoadedModel, tools: Tools) -> None:
         self.model = model
         self.tools = tools
+        self.sampler = Sampler(ready(model.transformer), model.tables)
 
     @property
     def spec(self) -> ModelSpec:
@@ -92,7 +95,7 @@ class Pipeline:
         return {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "dtype": str(parameter.dtype).removeprefix("torch."),
-            "attention": "torch-sdpa",
+            "kernels": "; ".join(f"{op}: {choice}" for op, choice in dispatch.describe().items()),
             "parameters": sum(p.numel() for p in self.model.transformer.parameters()),
             "torch": torch.__version__,
             "diffusers": version("diffusers"),
@@ -156,12 +159,12 @@ class Pipeline:
         )
         condition = Condition(encoded.prompt.text, encoded.prompt.pooled, grid, references)
         negative = encoded.negative and Condition(encoded.negative.text, encoded.negative.pooled, grid, embedded=False)
-        return Denoising(
-            condition=condition,
-            negative=negative,
-            guidance=guidance_of(request),
-            sigmas=sigmas(request.num_inference_steps, grid[0] * grid[1], self.model.shift),
-            latents=noise.to(condition.text.device, condition.text.dtype),
+        return self.sampler.begin(
+            condition,
+            negative,
+            guidance_of(request),
+            sigmas(request.num_inference_steps, grid[0] * grid[1], self.model.shift),
+            noise.to(condition.text.device, condition.text.dtype),
         )
 
     def step(self, runs: Sequence[Denoising]) -> tuple[Denoising, ...]:
@@ -169,7 +172,7 @@ class Pipeline:
 
         So a step's end means something: progress, cancellation and timings hang on it.
         """
-        moved = advance(self.model.transformer, self.model.tables, runs)
+        moved = self.sampler.advance(runs)
         if moved and moved[0].latents.is_cuda:
             torch.cuda.synchronize(moved[0].latents.device)
         return moved

@@ -18,15 +18,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from kernels.response_map import (
-    Heads,
-    Reading,
-    Sites,
-    placeholder_response,
-    plan_reading,
-    pooled_response,
-    read,
-)
+from kernels.response_map import GroupResponse as Response
+from kernels.response_map import Heads, Reading, Sites, plan_reading, respond
 from model.packing import Kind, Layout, Segment
 from model.roles import PLACEHOLDERS
 
@@ -65,19 +58,6 @@ class Probe:
     layers: tuple[int, ...]
     reading: Reading
     keys: tuple[tuple[tuple[ReferenceKey, ...], ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """What one block saw of one group of equal requests.
-
-    Attributes:
-        route: [R, n, l], or [R, n, H, l] for `per_head`.
-        holder: n tensors [R, l_j, n] that sum to 1 over n; empty where equation 4 does not apply.
-    """
-
-    route: Tensor | None
-    holder: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +122,7 @@ def plan(layout: Layout, capture: Capture, num_layers: int, positions: Sequence[
 
 def observe(probe: Probe, query: Tensor, key: Tensor) -> tuple[Response, ...]:
     """Read one block's queries and keys, [S, H, d] in request order, after the QK norm: one response a group."""
-    capture = probe.capture
-    return tuple(
-        Response(
-            route=None if seen.target is None else pooled_response(seen.references, seen.target, capture.heads),
-            holder=()
-            if seen.placeholders is None
-            else placeholder_response(seen.references, seen.placeholders, scaled=capture.scaled),
-        )
-        for seen in read(query, key, probe.reading)
-    )
+    return respond(query, key, probe.reading, probe.capture.heads, scaled=probe.capture.scaled)
 
 
 def collect(probe: Probe | None, responses: Sequence[tuple[Response, ...]]) -> ResponseMaps:

@@ -1,19 +1,22 @@
-"""Denoising as a sequence of frozen states: `advance` takes any number of runs one step further in one forward.
+"""Denoising as a sequence of frozen states: a `Sampler` takes any number of runs one step further in
+one forward.
 
 Runs may differ in size, references, schedule and step; true CFG's negative branch is one more packed request.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-from model.packing import Condition, lay_out, pack
+from model.network import Standing, stand
+from model.packing import Condition, lay_out
 from model.schedule import euler_step
-from model.transformer import EmbeddingTables, forward
+from model.transformer import Embedded, EmbeddingTables, Network, Site, site_of
+from model.transformer import run as run_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +47,20 @@ class Guidance:
 
 @dataclass(frozen=True, slots=True)
 class Denoising:
-    """One image between two steps. sigmas [num_steps + 1] float32; latents [rows · columns, 64]."""
+    """One image between two steps; `Sampler.begin` makes it.
+
+    Attributes:
+        sigmas: [num_steps + 1] float32. latents: [rows · columns, 64].
+        standing, negative_standing: what the network has computed of the two conditions for all steps.
+    """
 
     condition: Condition
     negative: Condition | None
     guidance: Guidance
     sigmas: torch.Tensor
     latents: torch.Tensor
+    standing: Standing
+    negative_standing: Standing | None = None
     step: int = 0
 
     @property
@@ -63,61 +73,98 @@ class Denoising:
 
     @property
     def timestep(self) -> torch.Tensor:
-        """t in [0, 1], rounded as the released pipeline does: ×1000, to the latents' dtype, ÷1000."""
-        return (self.sigmas[self.step] * 1000).to(self.latents.dtype) / 1000
+        """t in [0, 1] of the current step."""
+        return timestep_of(self.sigmas[self.step], self.latents.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class _Branch:
-    """One packed request of a step."""
-
-    condition: Condition
-    latents: torch.Tensor
-    timestep: torch.Tensor
-    guidance: float
+def timestep_of(sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """t in [0, 1], rounded as the released pipeline does: ×1000, to the dtype, ÷1000."""
+    return (sigma * 1000).to(dtype) / 1000
 
 
-def _branches(run: Denoising) -> list[_Branch]:
-    positive = _Branch(run.condition, run.latents, run.timestep, run.guidance.at(run.step))
-    if not run.guidance.splits(run.step) or run.negative is None:
+def _branches(run: Denoising) -> list[tuple[Condition, Standing]]:
+    """The packed requests of a run's current step: positive, then negative where true CFG runs."""
+    positive = run.condition, run.standing
+    if not run.guidance.splits(run.step) or run.negative is None or run.negative_standing is None:
         return [positive]
-    return [positive, replace(positive, condition=run.negative, guidance=run.guidance.negative)]
+    return [positive, (run.negative, run.negative_standing)]
+
+
+class Sampler:
+    """Runs of one network. Keeps the sites of the batches seen last: the same runs come together step after step."""
+
+    def __init__(self, network: Network, tables: EmbeddingTables, *, keep: int = 64) -> None:
+        self.network = network
+        self.tables = tables
+        self._keep = keep
+        self._sites: OrderedDict[object, Site] = OrderedDict()
+
+    def begin(
+        self,
+        condition: Condition,
+        negative: Condition | None,
+        guidance: Guidance,
+        sigmas: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> Denoising:
+        """A run before its first step; computes what stays the same in all of them."""
+        times = [timestep_of(sigma, noise.dtype) for sigma in sigmas[:-1]]
+        scales = [guidance.at(step) for step in range(len(times))]
+        standing = stand(self.network, self.tables, condition, times, scales)
+        other = negative and stand(self.network, self.tables, negative, times, [guidance.negative] * len(times))
+        return Denoising(condition, negative, guidance, sigmas, noise, standing, other)
+
+    @torch.inference_mode()
+    def velocities(self, runs: Sequence[Denoising]) -> list[list[torch.Tensor]]:
+        """Velocity of each branch of each run at its current step: positive, then negative where true CFG runs."""
+        branches = [(run, *branch) for run in runs for branch in _branches(run)]
+        latents = [run.latents for run, _, _ in branches]
+        lengths = [len(noisy) for noisy in latents]
+        targets = self.network.model.x_embedder(torch.cat(latents)).split(lengths)
+        image = [
+            part
+            for target, (_, _, standing) in zip(targets, branches, strict=True)
+            for part in (target + standing.target, standing.references)
+        ]
+        embedded = Embedded(
+            text=torch.cat([standing.text for _, _, standing in branches]),
+            image=torch.cat(image),
+            vectors=torch.cat([standing.vectors[run.step] for run, _, standing in branches]),
+        )
+        velocity, _ = run_blocks(self.network, self._site([condition for _, condition, _ in branches]), embedded)
+        parts = iter(velocity.split(lengths))
+        return [[next(parts) for _ in _branches(run)] for run in runs]
+
+    def advance(self, runs: Sequence[Denoising]) -> tuple[Denoising, ...]:
+        """All runs one step further; one forward.
+
+        Raises:
+            ValueError: a run is already done.
+        """
+        if any(run.done for run in runs):
+            raise ValueError("a finished run cannot take another step")
+        return tuple(
+            replace(run, latents=step_latents(run, parts), step=run.step + 1)
+            for run, parts in zip(runs, self.velocities(runs), strict=True)
+        )
+
+    def _site(self, conditions: Sequence[Condition]) -> Site:
+        """A batch's site, which follows from its shapes alone."""
+        key = tuple(_shape(condition) for condition in conditions)
+        if key not in self._sites:
+            self._sites[key] = site_of(self.network.model, lay_out(conditions))
+            while len(self._sites) > self._keep:
+                self._sites.popitem(last=False)
+        self._sites.move_to_end(key)
+        return self._sites[key]
+
+
+def _shape(condition: Condition) -> object:
+    references = tuple((reference.slot, reference.role, reference.grid) for reference in condition.references)
+    return len(condition.text), condition.target_grid, condition.embedded, references
 
 
 @torch.inference_mode()
-def velocities(
-    model: FluxTransformer2DModel, tables: EmbeddingTables, runs: Sequence[Denoising]
-) -> list[list[torch.Tensor]]:
-    """Velocity of each branch of each run at its current step: positive, then negative where true CFG runs."""
-    branches = [_branches(run) for run in runs]
-    flat = [branch for group in branches for branch in group]
-    conditions = [branch.condition for branch in flat]
-    packed = pack(
-        lay_out(conditions),
-        conditions,
-        [branch.latents for branch in flat],
-        [branch.timestep for branch in flat],
-        [branch.guidance for branch in flat],
-    )
-    parts = iter(forward(model, tables, packed).split([len(branch.latents) for branch in flat]))
-    return [[next(parts) for _ in group] for group in branches]
-
-
-@torch.inference_mode()
-def advance(model: FluxTransformer2DModel, tables: EmbeddingTables, runs: Sequence[Denoising]) -> tuple[Denoising, ...]:
-    """All runs one step further; one forward.
-
-    Raises:
-        ValueError: a run is already done.
-    """
-    if any(run.done for run in runs):
-        raise ValueError("a finished run cannot take another step")
-    return tuple(
-        replace(run, latents=step_latents(run, parts), step=run.step + 1)
-        for run, parts in zip(runs, velocities(model, tables, runs), strict=True)
-    )
-
-
 def step_latents(run: Denoising, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The run's latents after its current step, from the velocities of its branches."""
     velocity = parts[0]

@@ -1,15 +1,18 @@
 """The FLUX forward over a packed sequence, on the parameters of diffusers' `FluxTransformer2DModel`.
 
 One function for every task: what differs between target, references and requests is data in the `Layout`. Nothing of
-diffusers is subclassed or patched; linear layers are called as modules, so peft adapters work. Training reads response
-maps of the blocks (`model.routing`): they are part of what a block returns, so gradient checkpointing keeps them.
+diffusers is subclassed or patched; linear layers are called as modules, so peft adapters work. What a step needs that
+is not the noisy target is computed before it: where it runs (`Site`), the embedded text and references, and all
+modulation vectors in a row per step (`model.sampling`). Training reads response maps of the blocks (`model.routing`):
+they are part of what a block returns, so gradient checkpointing keeps them.
 
-Shapes: T text, I image tokens, S = T + I, M modulation rows, D model width, H heads, d head dimension (D = H·d).
+Shapes: T text, I image tokens, S = T + I, M modulation rows, V values of all modulation layers together, D model width,
+H heads, d head dimension (D = H·d).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast
 
@@ -20,12 +23,13 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformer2DModel,
     FluxTransformerBlock,
 )
-from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from kernels.attention import packed_attention
+from kernels.attention import Pack, make_pack, packed_attention
+from kernels.modulation import gate_residual, gate_residual_modulate, modulate
+from kernels.qk_norm_rope import QKNorms, qk_norm_rope
 from model.packing import Layout, PackedSequence
 from model.routing import Capture, Positions, Probe, Response, ResponseMaps, collect, observe, plan
 
@@ -49,35 +53,87 @@ class EmbeddingTables:
 
 
 @dataclass(frozen=True, slots=True)
-class Rotary:
-    """RoPE tables in request order, float32: cos and sin [S, d]."""
+class Projection:
+    """q, k and v of one stream as one linear layer: weight [3·D, D], bias [3·D]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Last:
+    """What the last block computes: only the target tokens go on.
+
+    Attributes:
+        tokens: [Σ targets] their numbers in request order. rows: their modulation rows; None as in `Site`.
+    """
+
+    tokens: Tensor
+    rows: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a forward runs: what follows from a layout and is the same in all blocks and steps.
+
+    Attributes:
+        cos, sin: [S, d] float32 rotary tables, in request order (frequencies in float64, theta 10000).
+        order, inverse: as in `Layout`.
+        text_rows, image_rows, joint_rows: modulation row of each token; None when all use the only one.
+    """
 
     cos: Tensor
     sin: Tensor
+    order: Tensor | None
+    inverse: Tensor | None
+    text_rows: Tensor | None
+    image_rows: Tensor | None
+    joint_rows: Tensor | None
+    pack: Pack
+    last: Last
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """A packed sequence after the input layers: text [T, D], image [I, D], SiLU of the time embedding [M, D]."""
+    """A packed sequence after the input layers: text [T, D], image [I, D], modulation vectors [M, V]."""
 
     text: Tensor
     image: Tensor
-    time: Tensor
+    vectors: Tensor
 
 
-def forward(
-    model: FluxTransformer2DModel, tables: EmbeddingTables, packed: PackedSequence, *, checkpoint: bool = False
-) -> Tensor:
+DoubleBlock = Callable[..., tuple[Tensor, Tensor, Responses]]
+SingleBlock = Callable[..., tuple[Tensor, Responses]]
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A transformer and how its blocks are run.
+
+    Attributes:
+        projections: per block, its streams' fused q, k, v (text, image; or one for a single block); empty: by the
+            model's own layers, as adapters in training need it.
+        double, single: the functions that run a block; compiled ones may take their place.
+    """
+
+    model: FluxTransformer2DModel
+    projections: tuple[tuple[Projection, ...], ...] = ()
+    double: DoubleBlock | None = None
+    single: SingleBlock | None = None
+
+
+def forward(network: Network, tables: EmbeddingTables, packed: PackedSequence, *, checkpoint: bool = False) -> Tensor:
     """Velocity (noise − latents) of the target tokens of all requests, in order: [Σ targets, 64].
 
     Args:
         checkpoint: for training: keep only each block's inputs and compute the block again in the backward pass.
     """
-    return _run(model, tables, packed, None, checkpoint)[0]
+    site = site_of(network.model, packed.layout)
+    return run(network, site, embed(network.model, tables, packed), checkpoint=checkpoint)[0]
 
 
 def forward_with_maps(
-    model: FluxTransformer2DModel,
+    network: Network,
     tables: EmbeddingTables,
     packed: PackedSequence,
     capture: Capture,
@@ -93,8 +149,9 @@ def forward_with_maps(
     Raises:
         ValueError: see `routing.plan`.
     """
-    probe = plan(packed.layout, capture, num_blocks(model), positions)
-    velocity, responses = _run(model, tables, packed, probe, checkpoint)
+    probe = plan(packed.layout, capture, num_blocks(network.model), positions)
+    site = site_of(network.model, packed.layout)
+    velocity, responses = run(network, site, embed(network.model, tables, packed), probe, checkpoint=checkpoint)
     return velocity, collect(probe, responses)
 
 
@@ -103,29 +160,102 @@ def num_blocks(model: FluxTransformer2DModel) -> int:
     return len(model.transformer_blocks) + len(model.single_transformer_blocks)
 
 
-def _run(
-    model: FluxTransformer2DModel,
-    tables: EmbeddingTables,
-    packed: PackedSequence,
-    probe: Probe | None,
-    checkpoint: bool,
+def site_of(model: FluxTransformer2DModel, layout: Layout) -> Site:
+    """What a forward over this layout needs besides tokens and times."""
+    cos, sin = model.pos_embed(layout.ids)
+    only = len(layout.rows) == 1
+    device = layout.ids.device
+    tokens = torch.cat([torch.arange(span.start, span.stop) for span in layout.joint_targets]).to(device)
+    return Site(
+        cos=cos,
+        sin=sin,
+        order=layout.order,
+        inverse=layout.inverse,
+        text_rows=None if only else layout.text_rows,
+        image_rows=None if only else layout.image_rows,
+        joint_rows=None if only else layout.joint_rows,
+        pack=make_pack(layout.boundaries, device),
+        last=Last(tokens, None if only else layout.joint_rows[tokens]),
+    )
+
+
+def embed(model: FluxTransformer2DModel, tables: EmbeddingTables, packed: PackedSequence) -> Embedded:
+    """Input projections, the added type and index vectors, and the modulation vectors of each row."""
+    return Embedded(
+        text=model.context_embedder(packed.text),
+        image=model.x_embedder(packed.image) + tables.rows(packed.layout),
+        vectors=modulation_vectors(model, embed_time(model, packed.timestep, packed.guidance, packed.pooled)),
+    )
+
+
+def embed_time(model: FluxTransformer2DModel, timestep: Tensor, guidance: Tensor, pooled: Tensor) -> Tensor:
+    """SiLU of the time embedding: timestep [M], guidance [M], pooled [M, Cp] → [M, D].
+
+    Times and guidance are scaled by 1000 here, in the model's dtype, as in FLUX.
+    """
+    time = timestep * 1000
+    if model.config["guidance_embeds"]:
+        return F.silu(model.time_text_embed(time, guidance * 1000, pooled))
+    return F.silu(model.time_text_embed(time, pooled))
+
+
+def modulation_vectors(model: FluxTransformer2DModel, time: Tensor) -> Tensor:
+    """All that the blocks and the final norm are modulated with: [M, D] → [M, V], in the order of the blocks.
+
+    FLUX keeps a quarter of its weights here. They are read once for all rows, so a request's steps belong in one call.
+    """
+    return torch.cat([layer(time) for layer in _modulation_layers(model)], dim=1)
+
+
+def split_vectors(model: FluxTransformer2DModel, vectors: Tensor) -> tuple[Tensor, ...]:
+    """[M, V] by layer: image then text [M, 6·D] of each double block, [M, 3·D] of each single one, [M, 2·D] at last."""
+    doubles, singles = len(model.transformer_blocks), len(model.single_transformer_blocks)
+    width = vectors.shape[1] // (12 * doubles + 3 * singles + 2)
+    return vectors.split([6 * width] * (2 * doubles) + [3 * width] * singles + [2 * width], dim=1)
+
+
+def _modulation_layers(model: FluxTransformer2DModel) -> Iterator[nn.Module]:
+    for block in double_blocks(model):
+        yield block.norm1.linear
+        yield block.norm1_context.linear
+    for block in single_blocks(model):
+        yield block.norm.linear
+    yield model.norm_out.linear
+
+
+def double_blocks(model: FluxTransformer2DModel) -> list[FluxTransformerBlock]:
+    """The two-stream blocks."""
+    return cast("list[FluxTransformerBlock]", list(model.transformer_blocks))
+
+
+def single_blocks(model: FluxTransformer2DModel) -> list[FluxSingleTransformerBlock]:
+    """The single-stream blocks."""
+    return cast("list[FluxSingleTransformerBlock]", list(model.single_transformer_blocks))
+
+
+def run(
+    network: Network, site: Site, embedded: Embedded, probe: Probe | None = None, *, checkpoint: bool = False
 ) -> tuple[Tensor, list[Responses]]:
-    """Velocity, and what the blocks in `probe.layers` saw, in their order."""
-    layout = packed.layout
-    rotary = rotary_tables(model, layout)
-    embedded = embed(model, tables, packed)
-    text, image = embedded.text, embedded.image
-    shared = (embedded.time, rotary, layout)
+    """The blocks and the final projection: the targets' velocity, and what the blocks in `probe.layers` saw."""
+    model = network.model
+    doubles, singles = double_blocks(model), single_blocks(model)
+    vectors = iter(split_vectors(model, embedded.vectors))
     probes = iter([probe if probe and layer in probe.layers else None for layer in range(num_blocks(model))])
+    fused = iter(network.projections or [()] * num_blocks(model))
+    double, single = network.double or double_block, network.single or single_block
     responses: list[Responses] = []
-    for block in cast("Iterable[FluxTransformerBlock]", model.transformer_blocks):
-        text, image, seen = _call(checkpoint, double_block, block, text, image, *shared, next(probes))
+    text, image = embedded.text, embedded.image
+    for block in doubles:
+        modulations = next(vectors), next(vectors)
+        text, image, seen = _call(checkpoint, double, block, text, image, *modulations, site, next(fused), next(probes))
         responses.append(seen)
-    joint = to_request_order(torch.cat([text, image]), layout)
-    for block in cast("Iterable[FluxSingleTransformerBlock]", model.single_transformer_blocks):
-        joint, seen = _call(checkpoint, single_block, block, joint, *shared, next(probes))
+    joint = to_request_order(torch.cat([text, image]), site)
+    for number, block in enumerate(singles, start=1):
+        last = site.last if number == len(singles) else None
+        joint, seen = _call(checkpoint, single, block, joint, next(vectors), site, next(fused), next(probes), last)
         responses.append(seen)
-    return project(model, joint, embedded.time, layout), [seen for seen in responses if seen]
+    target = joint if singles else joint[site.last.tokens]
+    return project(model, target, next(vectors), site), [seen for seen in responses if seen]
 
 
 def _call(checkpoint: bool, block: Callable[P, T], *inputs: P.args, **named: P.kwargs) -> T:
@@ -135,165 +265,115 @@ def _call(checkpoint: bool, block: Callable[P, T], *inputs: P.args, **named: P.k
     return block(*inputs, **named)
 
 
-def rotary_tables(model: FluxTransformer2DModel, layout: Layout) -> Rotary:
-    """Rotary tables of the layout's position ids (frequencies in float64, theta 10000)."""
-    return Rotary(*model.pos_embed(layout.ids))
-
-
-def embed(model: FluxTransformer2DModel, tables: EmbeddingTables, packed: PackedSequence) -> Embedded:
-    """Input projections, the added type and index vectors, and the time embedding of each modulation row.
-
-    Times and guidance are scaled by 1000 here, in the model's dtype, as in FLUX.
-    """
-    time = packed.timestep * 1000
-    if model.config["guidance_embeds"]:
-        condition = model.time_text_embed(time, packed.guidance * 1000, packed.pooled)
-    else:
-        condition = model.time_text_embed(time, packed.pooled)
-    return Embedded(
-        text=model.context_embedder(packed.text),
-        image=model.x_embedder(packed.image) + tables.rows(packed.layout),
-        time=F.silu(condition),
-    )
-
-
 def double_block(
     block: FluxTransformerBlock,
     text: Tensor,
     image: Tensor,
-    time: Tensor,
-    rotary: Rotary,
-    layout: Layout,
-    probe: Probe | None,
+    image_vectors: Tensor,
+    text_vectors: Tensor,
+    site: Site,
+    fused: tuple[Projection, ...] = (),
+    probe: Probe | None = None,
 ) -> tuple[Tensor, Tensor, Responses]:
     """One two-stream block: text [T, D] and image [I, D] attend jointly, each with its own weights.
 
+    Args:
+        image_vectors, text_vectors: [M, 6·D].
+        fused: the text's and the image's projection.
+
     Also returns what `probe` sees in its attention.
     """
-    image_mod = _modulation(block.norm1.linear(time), layout.image_rows, 6)
-    text_mod = _modulation(block.norm1_context.linear(time), layout.text_rows, 6)
-    attended_text, attended_image, seen = _joint_attention(
-        block.attn,
-        _modulated(block.norm1_context.norm, text, text_mod[0], text_mod[1]),
-        _modulated(block.norm1.norm, image, image_mod[0], image_mod[1]),
-        rotary,
-        layout,
-        probe,
-    )
-    image = image + image_mod[2] * attended_image
-    image = image + image_mod[5] * block.ff(_modulated(block.norm2, image, image_mod[3], image_mod[4]))
-    text = text + text_mod[2] * attended_text
-    text = text + text_mod[5] * block.ff_context(_modulated(block.norm2_context, text, text_mod[3], text_mod[4]))
+    attn = block.attn
+    text_rows, image_rows = site.text_rows, site.image_rows
+    image_mod, text_mod = image_vectors.chunk(6, dim=1), text_vectors.chunk(6, dim=1)
+    normed_text = modulate(text, text_mod[0], text_mod[1], text_rows)
+    normed_image = modulate(image, image_mod[0], image_mod[1], image_rows)
+    own = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.to_q, attn.to_k, attn.to_v)
+    text_qkv = _qkv(attn, own[0], fused[0] if fused else None, normed_text)
+    image_qkv = _qkv(attn, own[1], fused[1] if fused else None, normed_image)
+    norms = _norms(attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k)
+    query, key, value, seen = _attending(text_qkv, image_qkv, norms, site, probe)
+    attended = to_stream_order(packed_attention(query, key, value, site.pack).flatten(1), site)
+    attended_text, attended_image = attended.split([text.shape[0], image.shape[0]])
+    image = _after_attention(image, attn.to_out[0](attended_image), block.ff, image_mod, image_rows)
+    text = _after_attention(text, attn.to_add_out(attended_text), block.ff_context, text_mod, text_rows)
     return text, image, seen
 
 
+def _after_attention(
+    stream: Tensor, update: Tensor, feed_forward: nn.Module, vectors: tuple[Tensor, ...], rows: Tensor | None
+) -> Tensor:
+    """The second half of a double block for one of its streams, with its six vectors."""
+    stream, normed = gate_residual_modulate(stream, update, vectors[2], vectors[3], vectors[4], rows)
+    return gate_residual(stream, feed_forward(normed), vectors[5], rows)
+
+
 def single_block(
-    block: FluxSingleTransformerBlock, joint: Tensor, time: Tensor, rotary: Rotary, layout: Layout, probe: Probe | None
+    block: FluxSingleTransformerBlock,
+    joint: Tensor,
+    vectors: Tensor,
+    site: Site,
+    fused: tuple[Projection, ...] = (),
+    probe: Probe | None = None,
+    last: Last | None = None,
 ) -> tuple[Tensor, Responses]:
-    """One single-stream block over [S, D] in request order: attention and MLP in parallel; and what `probe` sees."""
-    shift, scale, gate = _modulation(block.norm.linear(time), layout.joint_rows, 3)
-    normed = _modulated(block.norm.norm, joint, shift, scale)
-    attn = block.attn
-    attended, seen = _attention(
-        _normalized(attn.norm_q, _heads(attn, attn.to_q(normed))),
-        _normalized(attn.norm_k, _heads(attn, attn.to_k(normed))),
-        _heads(attn, attn.to_v(normed)),
-        rotary,
-        layout,
-        probe,
-    )
-    mlp = block.act_mlp(block.proj_mlp(normed))
-    return joint + gate * block.proj_out(torch.cat([attended.flatten(1), mlp], dim=1)), seen
+    """One single-stream block over [S, D] in request order: attention and MLP in parallel; and what `probe` sees.
 
-
-def project(model: FluxTransformer2DModel, joint: Tensor, time: Tensor, layout: Layout) -> Tensor:
-    """Final norm and projection, on target tokens only: [S, D] in request order → [Σ targets, 64]."""
-    image = to_stream_order(joint, layout)[layout.num_text :]
-    target = torch.cat([image[span] for span in layout.targets])
-    rows = torch.cat([layout.image_rows[span] for span in layout.targets])
-    scale, shift = _modulation(model.norm_out.linear(time), rows, 2)
-    return model.proj_out(_modulated(model.norm_out.norm, target, shift, scale))
-
-
-def to_request_order(stream: Tensor, layout: Layout) -> Tensor:
-    """[S, …] in stream order → request order."""
-    return stream if layout.order is None else stream[layout.order]
-
-
-def to_stream_order(joint: Tensor, layout: Layout) -> Tensor:
-    """[S, …] in request order → stream order."""
-    return joint if layout.inverse is None else joint[layout.inverse]
-
-
-def _joint_attention(
-    attn: FluxAttention, text: Tensor, image: Tensor, rotary: Rotary, layout: Layout, probe: Probe | None
-) -> tuple[Tensor, Tensor, Responses]:
-    """Attention over both streams; each is projected, normalised and projected back with its own weights."""
-    query = torch.cat(
-        [
-            _normalized(attn.norm_added_q, _heads(attn, attn.add_q_proj(text))),
-            _normalized(attn.norm_q, _heads(attn, attn.to_q(image))),
-        ]
-    )
-    key = torch.cat(
-        [
-            _normalized(attn.norm_added_k, _heads(attn, attn.add_k_proj(text))),
-            _normalized(attn.norm_k, _heads(attn, attn.to_k(image))),
-        ]
-    )
-    value = torch.cat([_heads(attn, attn.add_v_proj(text)), _heads(attn, attn.to_v(image))])
-    attended, seen = _attention(
-        to_request_order(query, layout),
-        to_request_order(key, layout),
-        to_request_order(value, layout),
-        rotary,
-        layout,
-        probe,
-    )
-    attended = to_stream_order(attended.flatten(1), layout)
-    attended_text, attended_image = attended[: layout.num_text], attended[layout.num_text :]
-    return attn.to_add_out(attended_text), attn.to_out[0](attended_image), seen
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, layout: Layout, probe: Probe | None
-) -> tuple[Tensor, Responses]:
-    """Rotary attention over [S, H, d] in request order, after the QK norm, and what `probe` sees of it."""
-    seen: Responses = ()
-    if probe is not None and probe.capture.stage == "pre_rope":
-        seen = observe(probe, query, key)
-    query, key = _rotate(query, rotary), _rotate(key, rotary)
-    if probe is not None and probe.capture.stage == "post_rope":
-        seen = observe(probe, query, key)
-    return packed_attention(query, key, value, layout.boundaries), seen
-
-
-def _modulation(vectors: Tensor, rows: Tensor, num: int) -> tuple[Tensor, ...]:
-    """[M, num·D] → `num` tensors of [tokens, D], or of [1, D] when all tokens share the only row."""
-    chunks = vectors.chunk(num, dim=1)
-    return chunks if vectors.shape[0] == 1 else tuple(chunk[rows] for chunk in chunks)
-
-
-def _modulated(norm: torch.nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return norm(x) * (1 + scale) + shift
-
-
-def _heads(attn: FluxAttention, x: Tensor) -> Tensor:
-    return rearrange(x, "s (h d) -> s h d", d=attn.head_dim)
-
-
-def _normalized(norm: torch.nn.RMSNorm, x: Tensor) -> Tensor:
-    """RMS norm over d in float32, rounded to the weight's dtype before the weight is applied.
-
-    So did diffusers 0.33.1, on which DreamO was released; torch's own RMSNorm rounds once, after the weight.
+    Args:
+        vectors: [M, 3·D].
+        last: compute, and return, the target tokens alone: [Σ targets, D].
     """
-    variance = x.float().pow(2).mean(-1, keepdim=True)
-    return (x * torch.rsqrt(variance + cast("float", norm.eps))).to(norm.weight.dtype) * norm.weight
+    shift, scale, gate = vectors.chunk(3, dim=1)
+    attn, rows = block.attn, site.joint_rows
+    normed = modulate(joint, shift, scale, rows)
+    qkv = _qkv(attn, (attn.to_q, attn.to_k, attn.to_v), fused[0] if fused else None, normed)
+    norms = _norms(attn.norm_q, attn.norm_k, attn.norm_q, attn.norm_k)
+    query, key, value, seen = _attending(None, qkv, norms, site, probe)
+    attended = packed_attention(query, key, value, site.pack).flatten(1)
+    if last is not None:
+        rows = last.rows
+        attended, joint, normed = (tokens.index_select(0, last.tokens) for tokens in (attended, joint, normed))
+    mlp = block.act_mlp(block.proj_mlp(normed))
+    return gate_residual(joint, block.proj_out(torch.cat([attended, mlp], dim=1)), gate, rows), seen
 
 
-def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate interleaved pairs in float32, back to x's dtype: [S, H, d]."""
-    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+def project(model: FluxTransformer2DModel, target: Tensor, vectors: Tensor, site: Site) -> Tensor:
+    """Final norm and projection of the target tokens: [Σ targets, D] → [Σ targets, 64]. vectors: [M, 2·D]."""
+    scale, shift = vectors.chunk(2, dim=1)
+    return model.proj_out(modulate(target, shift, scale, site.last.rows))
+
+
+def to_request_order(stream: Tensor, site: Site) -> Tensor:
+    """[S, …] in stream order → request order."""
+    return stream if site.order is None else stream.index_select(0, site.order)
+
+
+def to_stream_order(joint: Tensor, site: Site) -> Tensor:
+    """[S, …] in request order → stream order."""
+    return joint if site.inverse is None else joint.index_select(0, site.inverse)
+
+
+def _qkv(attn: FluxAttention, own: tuple[nn.Module, ...], fused: Projection | None, x: Tensor) -> Tensor:
+    """[N, D] → [N, 3, H, d]."""
+    if fused is not None:
+        return F.linear(x, fused.weight, fused.bias).unflatten(1, (3, -1, attn.head_dim))
+    return torch.stack([layer(x).unflatten(1, (-1, attn.head_dim)) for layer in own], dim=1)
+
+
+def _norms(text_q: nn.Module, text_k: nn.Module, image_q: nn.Module, image_k: nn.Module) -> QKNorms:
+    layers = cast("tuple[nn.RMSNorm, ...]", (text_q, text_k, image_q, image_k))
+    return QKNorms(*(layer.weight for layer in layers), eps=cast("float", layers[0].eps))
+
+
+def _attending(
+    text_qkv: Tensor | None, image_qkv: Tensor, norms: QKNorms, site: Site, probe: Probe | None
+) -> tuple[Tensor, Tensor, Tensor, Responses]:
+    """Normalised and rotated q and k, and v, [S, H, d] in request order; and what `probe` sees of q and k."""
+    order = None if text_qkv is None else site.order
+    query, key, value = qk_norm_rope(text_qkv, image_qkv, norms, site.cos, site.sin, order)
+    if probe is None:
+        return query, key, value, ()
+    if probe.capture.stage == "pre_rope":
+        unturned = torch.ones_like(site.cos), torch.zeros_like(site.sin)
+        return query, key, value, observe(probe, *qk_norm_rope(text_qkv, image_qkv, norms, *unturned, order)[:2])
+    return query, key, value, observe(probe, query, key)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
-from tests.benchmarks import line, routing, step, stickerworld
 from tests.benchmarks.measure import publish
 
-SUITES = {"step": step.run, "line": line.run, "routing": routing.run, "stickerworld": stickerworld.run}
+SUITES = ("ops", "step", "line", "routing", "stickerworld")
+"""In this order, so that what follows `ops` runs on the backends it found to be the fastest."""
 
 
 def main() -> None:
@@ -15,10 +16,20 @@ def main() -> None:
     parser.add_argument("suites", nargs="*", choices=[*SUITES, []], help="default: all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--write-table", action="store_true", help="let ops write kernels/dispatch_table.json; CUDA only"
+    )
     args = parser.parse_args()
+    if args.write_table and args.device != "cuda":
+        parser.error("--write-table needs --device cuda: on a CPU torch's own backends run")
     for name in args.suites or SUITES:
         print(f"== {name}")
-        print(f"wrote {publish(name, SUITES[name](args.device, args.rounds), args.device)}")
+        # Imported one by one: `ops` needs no model library.
+        suite = import_module(f"tests.benchmarks.{name}")
+        figures = suite.run(args.device, args.rounds)
+        print(f"wrote {publish(name, figures, args.device)}")
+        if name == "ops" and args.write_table:
+            suite.write_table(figures)
 
 
 if __name__ == "__main__":

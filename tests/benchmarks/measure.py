@@ -8,8 +8,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,32 @@ def figure(what: str, unit: str, values: Sequence[float], **details: Any) -> Fig
     return Figure(what, unit, statistics.median(values), min(values), max(values), len(values), details)
 
 
-def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int, device: str, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each candidate per round, run in turn (A B A B …) so that a drift of the machine hits all alike."""
+Timer = Callable[[Callable[[], object]], float]
+"""Runs something and says how many seconds it took."""
 
-    def timed(run: Callable[[], object]) -> float:
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: str,
+    warmup: int = 2,
+    timer: Timer | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each candidate per round, run in turn (A B A B …) so that a drift of the machine hits all alike.
+
+    Args:
+        timer: instead of the wall clock around one synchronised run.
+    """
+
+    def wall_clock(run: Callable[[], object]) -> float:
         _synchronize(device)
         start = time.perf_counter()
         run()
         _synchronize(device)
         return time.perf_counter() - start
 
+    timed = timer or wall_clock
     for run in candidates.values():
         for _ in range(warmup):
             timed(run)
@@ -75,7 +90,7 @@ def publish(name: str, figures: Sequence[Figure], device: str) -> Path:
         "device": machine,
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
+        "versions": versions(),
     }
     for row in figures:
         spread = f"{row.minimum:.4g}–{row.maximum:.4g}"
@@ -85,6 +100,15 @@ def publish(name: str, figures: Sequence[Figure], device: str) -> Path:
     rows = [asdict(row) | context for row in figures]
     file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     return file
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that matter; what is missing is left out."""
+    found: dict[str, str] = {}
+    for package in ("torch", "triton", "diffusers", "transformers", "xformers"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _synchronize(device: str) -> None:

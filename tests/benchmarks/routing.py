@@ -13,7 +13,7 @@ from model.packing import Condition, PackedSequence, ReferenceTokens, lay_out, p
 from model.positions import Grid
 from model.roles import Role
 from model.routing import Capture, Positions
-from model.transformer import EmbeddingTables, forward_with_maps
+from model.transformer import EmbeddingTables, Network, forward_with_maps
 from tests.benchmarks.measure import Figure, compared, figure, interleaved
 
 
@@ -92,7 +92,7 @@ def _steps(size: Size, device: str) -> dict[str, Callable[[], object]]:
 
     def step(capture: Capture) -> None:
         velocity, maps = forward_with_maps(
-            model, tables, batch.packed, capture, batch.positions, checkpoint=size.checkpoint
+            Network(model), tables, batch.packed, capture, batch.positions, checkpoint=size.checkpoint
         )
         losses = Losses(
             flow=flow_loss(velocity, batch.latents, batch.noise, batch.packed.layout),

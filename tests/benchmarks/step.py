@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 
 from model.packing import Condition, PackedSequence, ReferenceTokens, lay_out, pack
 from model.roles import Role
-from model.transformer import EmbeddingTables, forward
+from model.transformer import EmbeddingTables, Network, forward
 from tests.benchmarks.measure import Figure, compared, interleaved
 
 
@@ -93,7 +93,7 @@ def _packed(requests: list[tuple[Condition, torch.Tensor]]) -> PackedSequence:
 
 @torch.inference_mode()
 def _ours(model: FluxTransformer2DModel, tables: EmbeddingTables, packed: PackedSequence) -> torch.Tensor:
-    return forward(model, tables, packed)
+    return forward(Network(model), tables, packed)
 
 
 def _stock(model: FluxTransformer2DModel, packed: PackedSequence) -> Callable[[], object]:

@@ -26,9 +26,9 @@ from model.packing import Kind, Layout, lay_out, pack
 from model.pipeline import EncodedReference, EncodedRequest, ImageRequest, Pipeline
 from model.preprocess import area_size, load_tools, on_white, resize_area, resize_long, to_tensor_range
 from model.roles import Role
-from model.sampling import Denoising, step_latents, velocities
+from model.sampling import Denoising, step_latents
 from model.text import PromptEmbeds
-from model.transformer import double_block, embed, rotary_tables, single_block, to_request_order
+from model.transformer import double_block, embed, embed_time, single_block, site_of, split_vectors, to_request_order
 
 ROLES = {"ip": Role.SUBJECT, "id": Role.IDENTITY, "style": Role.STYLE}
 DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}
@@ -152,7 +152,7 @@ def check_case(recording: Recording, assets: Assets) -> Iterator[Row]:
     yield from _check_layout(pipeline, run, wanted)
     yield from _check_depth(pipeline, run, wanted)
     for step in range(run.num_steps):
-        parts = velocities(model.transformer, model.tables, [run])[0]
+        parts = pipeline.sampler.velocities([run])[0]
         yield from _check_step(run, parts, wanted)
         run = replace(run, latents=step_latents(run, parts), step=step + 1)
     yield compare("final_latents_packed", run.latents[None], recording.tensors["final_latents_packed"])
@@ -260,23 +260,28 @@ def _check_depth(pipeline: Pipeline, run: Denoising, wanted: Wanted) -> Iterator
     model, tables = pipeline.model.transformer, pipeline.model.tables
     layout = lay_out([run.condition])
     packed = pack(layout, [run.condition], [run.latents], [run.timestep], [run.guidance.at(0)])
-    rotary = rotary_tables(model, layout)
+    site = site_of(model, layout)
     embedded = embed(model, tables, packed)
-    got = {"pos_embed.0": rotary.cos, "pos_embed.1": rotary.sin}
+    got = {"pos_embed.0": site.cos, "pos_embed.1": site.sin}
     got["x_embedder.0"] = (embedded.image - tables.rows(layout))[None]
     text, image = embedded.text, embedded.image
+    vectors = iter(split_vectors(model, embedded.vectors))
     for number, block in enumerate(model.transformer_blocks):
-        text, image, _ = double_block(block, text, image, embedded.time, rotary, layout, None)
+        text, image, _ = double_block(block, text, image, next(vectors), next(vectors), site)
         got[f"double{number}.0"], got[f"double{number}.1"] = text[None], image[None]
-    joint = to_request_order(torch.cat([text, image]), layout)
+    joint = to_request_order(torch.cat([text, image]), site)
     for number, block in enumerate(model.single_transformer_blocks):
-        joint, _ = single_block(block, joint, embedded.time, rotary, layout, None)
+        joint, _ = single_block(block, joint, next(vectors), site)
         got[f"single{number}.0"] = joint[None]
     for key, value in got.items():
         yield from wanted.rows(f"deep.step0.{key}", value)
     time = wanted.tensors.get("deep.step0.time_text_embed.0")
     if time is not None:
-        yield compare("deep.step0.time_text_embed.0", embedded.time, torch.nn.functional.silu(time))
+        yield compare(
+            "deep.step0.time_text_embed.0",
+            embed_time(model, packed.timestep, packed.guidance, packed.pooled),
+            torch.nn.functional.silu(time),
+        )
 
 
 def check_preprocessing(recording: Recording) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.response_map import Heads, Sites, placeholder_response, plan_reading, pooled_response, read
+import kernels.column_mass as mass
+from kernels.pooled_response import pooled_maps
+from kernels.response_map import Heads, Sites, placeholder_response, plan_reading, pooled_response, read, respond
+from kernels.sites import read_placeholders
 
 HEADS, DIM = 3, 4
 
@@ -177,3 +180,93 @@ def test_gradients(heads: Heads) -> None:
 
     inputs = (p.query.requires_grad_(), p.key.requires_grad_())
     assert torch.autograd.gradcheck(lambda q, k: tuple(outputs(q, k)), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("heads", ["mean", "sum", "per_head"])
+def test_one_call_gives_both_responses(heads: Heads) -> None:
+    """`respond` and `pooled_maps` are the steps above, for groups with and without a target and placeholders."""
+    p = pack([(2, 3, (2, 4)), (1, 2, (3,))], 6)
+    sites = [p.sites[0], replace(p.sites[1], placeholders=None, shares=None), replace(p.sites[0], target=None)]
+    reading = plan_reading(sites)
+    answers = respond(p.query, p.key, reading, heads, scaled=False)
+    for seen, answer, route in zip(
+        read(p.query, p.key, reading), answers, pooled_maps(p.query, p.key, reading, heads), strict=True
+    ):
+        if seen.target is None:
+            assert answer.route is None
+            assert route is None
+        else:
+            assert answer.route is not None
+            assert route is not None
+            assert torch.equal(answer.route, route)
+            assert torch.equal(route, pooled_response(seen.references, seen.target, heads))
+        if seen.placeholders is None:
+            assert answer.holder == ()
+        else:
+            wanted = placeholder_response(seen.references, seen.placeholders, scaled=False)
+            assert all(torch.equal(a, b) for a, b in zip(answer.holder, wanted, strict=True))
+    assert [answer.route is None for answer in answers] == [False, False, True]
+
+
+def test_placeholders_are_read_alone_as_with_the_rest() -> None:
+    """What the Triton path reads of placeholders is what the common gather reads."""
+    p = pack([(2, 3, (2, 4))], 7)
+    (whole,) = read(p.query, p.key, plan_reading(p.sites))
+    alone = read_placeholders(p.query, p.key, p.sites[0])
+    assert all(torch.equal(a, b) for a, b in zip(whole.references, alone.references, strict=True))
+    assert whole.placeholders is not None
+    assert alone.placeholders is not None
+    assert torch.equal(whole.placeholders, alone.placeholders)
+
+
+@given(groups, st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_spans_name_the_tokens_of_every_pair(shapes: list[tuple[int, int, tuple[int, ...]]], seed: int) -> None:
+    """The kernels' table leads to the same tokens as the sites, and maps fill their room without overlap."""
+    p = pack(shapes, seed)
+    reading = plan_reading([*p.sites[:1], replace(p.sites[0], target=None), *p.sites[1:]])
+    rows = iter(reading.pairs.tolist())
+    used = 0
+    for number, site in enumerate(p.sites):
+        assert site.target is not None, number
+        for request, target in enumerate(site.target):
+            for reference in site.references:
+                query, num_queries, key, num_keys, start = next(rows)
+                assert torch.equal(reading.queries[query : query + num_queries], reference[request])
+                assert torch.equal(reading.keys[key : key + num_keys], target)
+                assert start == used
+                used += num_keys
+    assert next(rows, None) is None
+    assert reading.num_maps == used
+    for key, num_keys, pair, num_pairs in reading.requests.tolist():
+        assert {tuple(row[2:4]) for row in reading.pairs[pair : pair + num_pairs].tolist()} == {(key, num_keys)}
+
+
+@given(groups, st.integers(0, 99), st.sampled_from([1, 7, 2**22]))
+@settings(max_examples=30, deadline=None)
+def test_column_mass_is_the_mean_softmax(shapes: list[tuple[int, int, tuple[int, ...]]], seed: int, tile: int) -> None:
+    """Written out: softmax over the whole pack, then the target's columns; in tiles of any size."""
+    p = pack(shapes, seed)
+    products = torch.einsum("qhd,khd->hqk", p.query, p.key) / DIM**0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mass, "_TILE", tile)
+        lse = mass.log_sum_exp_reference(p.query, p.key, (0, len(p.query)))
+        maps = mass.column_mass(p.query, p.key, lse, plan_reading(p.sites))
+    assert torch.allclose(lse, products.logsumexp(-1), atol=1e-12)
+    for site, got in zip(p.sites, maps, strict=True):
+        assert site.target is not None
+        assert got is not None
+        for request, target in enumerate(site.target):
+            for number, reference in enumerate(site.references):
+                wanted = products.softmax(-1)[:, reference[request]][:, :, target].mean((0, 1))
+                assert torch.allclose(got[request, number], wanted, atol=1e-12, rtol=0)
+                assert 0 < got[request, number].sum() < 1
+
+
+def test_log_sum_exp_stays_within_a_request() -> None:
+    """Requests of a pack do not see each other."""
+    p = pack([(1, 5, (3,))], 8)
+    cut = 4
+    lse = mass.log_sum_exp_reference(p.query, p.key, (0, cut, len(p.query)))
+    alone = mass.log_sum_exp_reference(p.query[cut:], p.key[cut:], (0, len(p.query) - cut))
+    assert torch.allclose(lse[:, cut:], alone, atol=1e-12)

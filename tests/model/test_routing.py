@@ -16,7 +16,7 @@ from model.checkpoints import LoadedModel
 from model.losses import Losses, LossWeights, flow_loss, holder_loss, route_loss
 from model.packing import PackedSequence
 from model.routing import Capture, Positions, ResponseMaps, placeholder_ids, placeholder_positions
-from model.transformer import forward, forward_with_maps
+from model.transformer import Network, forward, forward_with_maps
 from tests.model.requests import Sample, packed, sample
 from tests.model.test_transformer import stock
 
@@ -47,7 +47,7 @@ def observed(
     model: LoadedModel, samples: Sequence[Sample], positions: Sequence[Positions] | None = None, **options: Any
 ) -> tuple[Tensor, ResponseMaps]:
     capture = Capture(holder=positions is not None, **options)
-    return forward_with_maps(model.transformer, model.tables, packed(list(samples)), capture, positions)
+    return forward_with_maps(Network(model.transformer), model.tables, packed(list(samples)), capture, positions)
 
 
 def holder_of(maps: ResponseMaps, request: int) -> list[Tensor]:
@@ -129,7 +129,7 @@ def test_the_velocity_is_forwards(tiny: LoadedModel) -> None:
     samples, positions = mixed(tiny)
     velocity, _ = observed(tiny, samples, positions)
     with torch.inference_mode():
-        assert torch.equal(velocity, forward(tiny.transformer, tiny.tables, packed(samples)))
+        assert torch.equal(velocity, forward(Network(tiny.transformer), tiny.tables, packed(samples)))
 
 
 def test_pre_rope_is_post_rope_without_positions(tiny: LoadedModel) -> None:
@@ -140,7 +140,7 @@ def test_pre_rope_is_post_rope_without_positions(tiny: LoadedModel) -> None:
     @torch.inference_mode()
     def first(pack: PackedSequence, stage: Any) -> Tensor:
         capture = Capture(layers=(0,), holder=False, stage=stage)
-        return forward_with_maps(tiny.transformer, tiny.tables, pack, capture)[1].route(0, 3)
+        return forward_with_maps(Network(tiny.transformer), tiny.tables, pack, capture)[1].route(0, 3)
 
     assert torch.allclose(first(sequence, "pre_rope"), first(unplaced, "post_rope"), atol=1e-6, rtol=0)
     assert (first(sequence, "pre_rope") - first(sequence, "post_rope")).abs().max() > 1e-2
@@ -186,7 +186,7 @@ def test_what_was_not_wanted_is_not_there(tiny: LoadedModel) -> None:
     with pytest.raises(KeyError):
         maps.route(0, 1)
     with pytest.raises(ValueError, match="positions of every request"):
-        forward_with_maps(tiny.transformer, tiny.tables, packed([plain]), Capture(), [])
+        forward_with_maps(Network(tiny.transformer), tiny.tables, packed([plain]), Capture(), [])
 
 
 class _Operations(TorchDispatchMode):
@@ -207,11 +207,11 @@ def test_layers_not_asked_compute_nothing(tiny: LoadedModel) -> None:
 
     def operations(*layers: int) -> int:
         with torch.no_grad(), _Operations() as mode:
-            forward_with_maps(tiny.transformer, tiny.tables, sequence, Capture(layers=layers, holder=False))
+            forward_with_maps(Network(tiny.transformer), tiny.tables, sequence, Capture(layers=layers, holder=False))
         return mode.count
 
     with torch.no_grad(), _Operations() as bare:
-        forward(tiny.transformer, tiny.tables, sequence)
+        forward(Network(tiny.transformer), tiny.tables, sequence)
     assert operations() == bare.count
     each = operations(0, 1) - operations(0)
     assert 0 < each < 30
@@ -232,7 +232,7 @@ def test_checkpointing_keeps_maps_and_gradients(tiny: LoadedModel, frozen: bool)
 
     def step(checkpoint: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
         velocity, maps = forward_with_maps(
-            tiny.transformer, tiny.tables, sequence, Capture(), positions, checkpoint=checkpoint
+            Network(tiny.transformer), tiny.tables, sequence, Capture(), positions, checkpoint=checkpoint
         )
         noise = [torch.ones_like(one.latents) for one in samples]
         losses = Losses(

@@ -14,7 +14,7 @@ from model.losses import route_loss
 from model.packing import Condition, PackedSequence, ReferenceTokens, lay_out, pack
 from model.roles import Role
 from model.routing import Capture, ResponseMaps
-from model.transformer import EmbeddingTables, forward_with_maps
+from model.transformer import EmbeddingTables, Network, forward_with_maps
 
 SIDE = 6
 
@@ -70,7 +70,7 @@ class Toy:
         return pack(lay_out(conditions), conditions, latents, times, [1.0] * num), masks
 
     def maps(self, scenes: PackedSequence) -> ResponseMaps:
-        return forward_with_maps(self.model, self.tables, scenes, Capture(holder=False))[1]
+        return forward_with_maps(Network(self.model), self.tables, scenes, Capture(holder=False))[1]
 
     @torch.no_grad()
     def pointing(self, scenes: PackedSequence, masks: Mapping[tuple[int, int], Tensor]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 
 from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.packing import lay_out
-from model.transformer import EmbeddingTables, forward
+from model.transformer import EmbeddingTables, Network, forward
 from tests.model.requests import Sample, packed, sample
 
 
@@ -40,7 +40,7 @@ def stock(model: FluxTransformer2DModel, tables: EmbeddingTables | None, one: Sa
 
 @torch.inference_mode()
 def ours(model: LoadedModel, samples: list[Sample]) -> list[torch.Tensor]:
-    velocity = forward(model.transformer, model.tables, packed(samples))
+    velocity = forward(Network(model.transformer), model.tables, packed(samples))
     return list(velocity.split([len(s.latents) for s in samples]))
 
 

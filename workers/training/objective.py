@@ -18,7 +18,7 @@ from model.packing import Condition, lay_out, pack
 from model.roles import ADDED_TOKENS
 from model.routing import Capture, ResponseMaps, placeholder_ids, placeholder_positions
 from model.text import PromptEmbeds, PromptEncoder
-from model.transformer import EmbeddingTables, forward, forward_with_maps
+from model.transformer import EmbeddingTables, Network, forward, forward_with_maps
 from workers.training.adapting import Embeddings
 from workers.training.batches import Batch, Example
 from workers.training.encodings import Encodings
@@ -66,15 +66,15 @@ class Objective(nn.Module):
         packed = pack(layout, conditions, latents, list(times), batch.guidances.tolist())
         tables = EmbeddingTables(self.embeddings.type_rows, self.embeddings.index_rows)
         wants_route, wants_holder = losses.route > 0 and bool(batch.masks), losses.holder > 0
-        maps = ResponseMaps((), ())
+        maps, network = ResponseMaps((), ()), Network(self.transformer)
         if wants_route or wants_holder:
             capture = Capture(route=wants_route, holder=wants_holder)
             positions = self._prompts.positions(batch.examples) if wants_holder else None
             velocity, maps = forward_with_maps(
-                self.transformer, tables, packed, capture, positions, checkpoint=self.checkpointing
+                network, tables, packed, capture, positions, checkpoint=self.checkpointing
             )
         else:
-            velocity = forward(self.transformer, tables, packed, checkpoint=self.checkpointing)
+            velocity = forward(network, tables, packed, checkpoint=self.checkpointing)
         none = LossTerm(velocity.new_zeros((), dtype=torch.float32), 0)
         flow = flow_loss(velocity, [e.latents for e in batch.examples], [e.noise for e in batch.examples], layout)
         route = route_loss(maps, batch.masks) if wants_route else none

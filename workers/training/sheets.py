@@ -24,9 +24,9 @@ from model.checkpoints import LoadedModel
 from model.losses import noised
 from model.packing import Condition, lay_out, pack
 from model.routing import Capture
-from model.sampling import Denoising, Guidance, advance
+from model.sampling import Guidance, Sampler
 from model.schedule import sigmas
-from model.transformer import EmbeddingTables, forward_with_maps
+from model.transformer import EmbeddingTables, Network, forward_with_maps
 from workers.pictures import encode
 from workers.training.adapting import Embeddings
 from workers.training.batches import Example, compose, step_generator
@@ -72,9 +72,10 @@ def sampled(model: LoadedModel, tables: EmbeddingTables, condition: Condition, n
     """The model's picture of a condition in a few Euler steps, at the guidance it serves with: uint8 [H, W, 3]."""
     scale = model.spec.guidance.default
     levels = sigmas(NUM_STEPS, len(noise), model.shift)
-    run = Denoising(condition, None, Guidance(scale, scale), levels, noise)
+    sampler = Sampler(Network(model.transformer), tables)
+    run = sampler.begin(condition, None, Guidance(scale, scale), levels, noise)
     while not run.done:
-        (run,) = advance(model.transformer, tables, [run])
+        (run,) = sampler.advance([run])
     pixels = model.codec.decode(run.latents, condition.target_grid)
     return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
@@ -88,7 +89,7 @@ def responses(
     time = torch.tensor(0.5).to(example.latents)
     noisy = noised(example.latents, example.noise, time)
     packed = pack(lay_out([condition]), [condition], [noisy], [time], [model.spec.guidance.default])
-    _, maps = forward_with_maps(model.transformer, tables, packed, Capture(holder=False))
+    _, maps = forward_with_maps(Network(model.transformer), tables, packed, Capture(holder=False))
     means = [maps.route(0, reference.slot).float().mean(0) for reference in condition.references]
     return [mean.unflatten(0, example.grid).cpu().numpy() for mean in means]
 

@@ -1,0 +1,107 @@
+"""A FLUX transformer readied for inference: projections fused, and what is the same in every step computed once.
+
+Training runs the plain `Network`: its adapters sit on the model's own linear layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from model.packing import Condition, lay_out
+from model.transformer import (
+    EmbeddingTables,
+    Network,
+    Projection,
+    double_blocks,
+    embed_time,
+    modulation_vectors,
+    single_blocks,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What of a request stays as it is while it is denoised.
+
+    Attributes:
+        text: [T, D]. references: [Σ l_j, D] with their type and index vectors.
+        target: [D] what is added to each target token.
+        vectors: [N, M, V] modulation vectors of each step: M rows a request, usually one.
+    """
+
+    text: Tensor
+    references: Tensor
+    target: Tensor
+    vectors: Tensor
+
+
+@torch.inference_mode()
+def stand(
+    network: Network,
+    tables: EmbeddingTables,
+    condition: Condition,
+    timesteps: Sequence[Tensor],
+    guidances: Sequence[float],
+) -> Standing:
+    """Embed a request's text and references, and compute the modulation vectors of all of its steps.
+
+    On a CPU the steps are computed one by one, as the released pipeline does: bits may depend on how many rows a
+    product has. Elsewhere one product reads the modulation layers' weights, a quarter of FLUX, once for all steps.
+
+    Args:
+        timesteps: per step, t in [0, 1] as a scalar in the model's dtype. guidances: distilled guidance per step.
+    """
+    model, layout = network.model, lay_out([condition])
+    added = tables.rows(layout)
+    rows, columns = condition.target_grid
+    length = rows * columns
+    references = [reference.tokens for reference in condition.references]
+    embedded = model.x_embedder(torch.cat(references)) if references else added[:0]
+    clean = torch.tensor([0.0 if row.clean else 1.0 for row in layout.rows])
+    times = torch.stack([t * clean.to(t) for t in timesteps]).to(condition.pooled.device)
+    scales = torch.tensor(guidances, dtype=torch.float32).to(times)[:, None].expand(times.shape)
+    pooled = condition.pooled.expand(times.numel(), -1)
+    flat = times.flatten(), scales.flatten(), pooled
+    each = 1 if times.device.type == "cpu" else times.numel()
+    parts = zip(*(values.split(each) for values in flat), strict=True)
+    vectors = torch.cat([modulation_vectors(model, embed_time(model, *part)) for part in parts])
+    return Standing(
+        text=model.context_embedder(condition.text),
+        references=embedded + added[length:],
+        target=added[0],
+        vectors=vectors.unflatten(0, (len(timesteps), -1)),
+    )
+
+
+def ready(model: FluxTransformer2DModel) -> Network:
+    """The model as serving runs it: fused on a GPU; on a CPU by its own layers, whose bits the recordings have."""
+    return fused(model) if model.device.type == "cuda" else Network(model)
+
+
+def fused(model: FluxTransformer2DModel) -> Network:
+    """The model with q, k and v of each stream as one layer. Its own layers become views: no weight is held twice."""
+    doubles = tuple(
+        (
+            _fuse(block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj),
+            _fuse(block.attn.to_q, block.attn.to_k, block.attn.to_v),
+        )
+        for block in double_blocks(model)
+    )
+    singles = tuple((_fuse(block.attn.to_q, block.attn.to_k, block.attn.to_v),) for block in single_blocks(model))
+    return Network(model, (*doubles, *singles))
+
+
+def _fuse(*layers: object) -> Projection:
+    linears = cast("tuple[nn.Linear, ...]", layers)
+    with torch.no_grad():
+        weight = torch.cat([linear.weight for linear in linears])
+        bias = torch.cat([linear.bias for linear in linears])
+        for linear, rows, values in zip(linears, weight.chunk(3), bias.chunk(3), strict=True):
+            linear.weight.data, linear.bias.data = rows, values
+    return Projection(weight, bias)
