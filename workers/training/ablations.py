@@ -8,8 +8,8 @@ noise and times of every step and the scenes it is measured on, so variants diff
 
 Each (variant, seed) ends as one JSON row in the out directory; a row that is there is not made again, and a run that
 was stopped or killed goes on from its checkpoint. Seeds are the outer loop: a campaign cut short holds whole pairs.
-With the shipped recipe expect 10 minutes a row on one core (OMP_NUM_THREADS=1), half a minute of it for measuring: 2 to 3
-hours in all.
+With the shipped recipe expect 10 minutes a row on one core (OMP_NUM_THREADS=1), half a minute of it for measuring: 2 to
+3 hours in all.
 """
 
 from __future__ import annotations
