@@ -102,24 +102,17 @@ class Embedded:
     vectors: Tensor
 
 
-DoubleBlock = Callable[..., tuple[Tensor, Tensor, Responses]]
-SingleBlock = Callable[..., tuple[Tensor, Responses]]
-
-
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A transformer and how its blocks are run.
+    """A transformer and how its blocks project.
 
     Attributes:
         projections: per block, its streams' fused q, k, v (text, image; or one for a single block); empty: by the
             model's own layers, as adapters in training need it.
-        double, single: the functions that run a block; compiled ones may take their place.
     """
 
     model: FluxTransformer2DModel
     projections: tuple[tuple[Projection, ...], ...] = ()
-    double: DoubleBlock | None = None
-    single: SingleBlock | None = None
 
 
 def forward(network: Network, tables: EmbeddingTables, packed: PackedSequence, *, checkpoint: bool = False) -> Tensor:
@@ -242,17 +235,20 @@ def run(
     vectors = iter(split_vectors(model, embedded.vectors))
     probes = iter([probe if probe and layer in probe.layers else None for layer in range(num_blocks(model))])
     fused = iter(network.projections or [()] * num_blocks(model))
-    double, single = network.double or double_block, network.single or single_block
     responses: list[Responses] = []
     text, image = embedded.text, embedded.image
     for block in doubles:
         modulations = next(vectors), next(vectors)
-        text, image, seen = _call(checkpoint, double, block, text, image, *modulations, site, next(fused), next(probes))
+        text, image, seen = _call(
+            checkpoint, double_block, block, text, image, *modulations, site, next(fused), next(probes)
+        )
         responses.append(seen)
     joint = to_request_order(torch.cat([text, image]), site)
     for number, block in enumerate(singles, start=1):
         last = site.last if number == len(singles) else None
-        joint, seen = _call(checkpoint, single, block, joint, next(vectors), site, next(fused), next(probes), last)
+        joint, seen = _call(
+            checkpoint, single_block, block, joint, next(vectors), site, next(fused), next(probes), last
+        )
         responses.append(seen)
     target = joint if singles else joint[site.last.tokens]
     return project(model, target, next(vectors), site), [seen for seen in responses if seen]

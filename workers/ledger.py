@@ -146,7 +146,10 @@ class Ledger(Generic[JobT, ProgressT, ResultT]):
         return self._call(self._end, job_id, token, JobStatus.CANCELED, "", "") == 1
 
     def hand_back(self, job_id: str, token: int) -> bool:
-        """Running → queued, by a worker that leaves before the end; False if the token no longer holds. Ring for it."""
+        """Running → queued, by a worker that leaves before the end; False if the token no longer holds. Ring for it.
+
+        A job that was asked to be canceled ends so instead.
+        """
         return self._call(self._hand_back, job_id, token) == 1
 
     def cancel(self, job_id: str) -> JobRecord[JobT, ProgressT, ResultT] | None:

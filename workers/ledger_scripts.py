@@ -108,10 +108,17 @@ return 1
 HAND_BACK = f"""{_PRELUDE}
 local id, token = ARGV[2], ARGV[3]
 if get(id, 'status') ~= 'running' or not holds(id, token) then return 0 end
-requeue(id)
+if get(id, 'cancel_requested') == '1' then
+  redis.call('HDEL', record(id), 'token', 'claim_nonce')
+  finish(id, 'canceled')
+else
+  requeue(id)
+end
 return 1
 """
-"""Running → queued by a worker that leaves: no attempt is charged. Asked again, it finds no token that holds."""
+"""Running → queued by a worker that leaves, or canceled if that was asked for: no attempt is charged.
+
+Asked again, it finds no token that holds."""
 
 CANCEL = f"""{_PRELUDE}
 local id = ARGV[2]
