@@ -17,7 +17,6 @@ from model.packing import Condition, lay_out
 from model.transformer import (
     EmbeddingTables,
     Network,
-    Projection,
     double_blocks,
     embed_time,
     modulation_vectors,
@@ -97,11 +96,14 @@ def fused(model: FluxTransformer2DModel) -> Network:
     return Network(model, (*doubles, *singles))
 
 
-def _fuse(*layers: object) -> Projection:
+def _fuse(*layers: object) -> nn.Linear:
+    """The layers as one, and the layers as its rows."""
     linears = cast("tuple[nn.Linear, ...]", layers)
+    one = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), device="meta")
     with torch.no_grad():
         weight = torch.cat([linear.weight for linear in linears])
         bias = torch.cat([linear.bias for linear in linears])
+        one.weight, one.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
         for linear, rows, values in zip(linears, weight.chunk(3), bias.chunk(3), strict=True):
             linear.weight.data, linear.bias.data = rows, values
-    return Projection(weight, bias)
+    return one

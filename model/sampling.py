@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from model.blocks import Site
 from model.network import Standing, stand
 from model.packing import Condition, lay_out
 from model.schedule import euler_step
-from model.transformer import Embedded, EmbeddingTables, Network, Site, site_of
+from model.transformer import Embedded, EmbeddingTables, Network, site_of
 from model.transformer import run as run_blocks
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from model.adapters import Version, fuse, read_adapter, stack
+from model.blocks import double_block, single_block, to_request_order
 from model.checkpoints import ModelSource, load_model, load_transformer
 from model.cutout import alpha_from_map
 from model.faces import align_face, whiten
@@ -28,7 +29,7 @@ from model.preprocess import area_size, load_tools, on_white, resize_area, resiz
 from model.roles import Role
 from model.sampling import Denoising, step_latents
 from model.text import PromptEmbeds
-from model.transformer import double_block, embed, embed_time, single_block, site_of, split_vectors, to_request_order
+from model.transformer import embed, embed_time, site_of, split_vectors
 
 ROLES = {"ip": Role.SUBJECT, "id": Role.IDENTITY, "style": Role.STYLE}
 DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}
