@@ -151,7 +151,7 @@ def embed_time(model: FluxTransformer2DModel, timestep: Tensor, guidance: Tensor
 
 
 def modulation_vectors(model: FluxTransformer2DModel, time: Tensor) -> Tensor:
-    """All that the blocks and the final norm are modulated with: [M, D] → [M, V], in the order of the blocks.
+    """All that the final norm and the blocks are modulated with: [M, D] → [M, V]; see `split_vectors`.
 
     FLUX keeps a quarter of its weights here. They are read once for all rows, so a request's steps belong in one call.
     """
@@ -159,19 +159,24 @@ def modulation_vectors(model: FluxTransformer2DModel, time: Tensor) -> Tensor:
 
 
 def split_vectors(model: FluxTransformer2DModel, vectors: Tensor) -> tuple[Tensor, ...]:
-    """[M, V] by layer: image then text [M, 6·D] of each double block, [M, 3·D] of each single one, [M, 2·D] at last."""
+    """[M, V] by layer: [M, 2·D] of the final norm, image then text [M, 6·D] of each double block, [M, 3·D] of each
+    single one.
+
+    The final norm's come first so that no block's vectors start as far in as they are long: torch.compile takes equal
+    sizes for one symbol, and would make a graph for the first block alone.
+    """
     doubles, singles = len(model.transformer_blocks), len(model.single_transformer_blocks)
     width = vectors.shape[1] // (12 * doubles + 3 * singles + 2)
-    return vectors.split([6 * width] * (2 * doubles) + [3 * width] * singles + [2 * width], dim=1)
+    return vectors.split([2 * width] + [6 * width] * (2 * doubles) + [3 * width] * singles, dim=1)
 
 
 def _modulation_layers(model: FluxTransformer2DModel) -> Iterator[nn.Module]:
+    yield model.norm_out.linear
     for block in double_blocks(model):
         yield block.norm1.linear
         yield block.norm1_context.linear
     for block in single_blocks(model):
         yield block.norm.linear
-    yield model.norm_out.linear
 
 
 def double_blocks(model: FluxTransformer2DModel) -> list[FluxTransformerBlock]:
@@ -190,7 +195,10 @@ def run(
     """The blocks and the final projection: the targets' velocity, and what the blocks in `probe.layers` saw."""
     model = network.model
     doubles, singles = double_blocks(model), single_blocks(model)
-    vectors = iter(split_vectors(model, embedded.vectors))
+    # What a probe sees is in no compiled graph.
+    double, single = (double_block, single_block) if probe else (network.double, network.single)
+    final, *by_layer = split_vectors(model, embedded.vectors)
+    vectors = iter(by_layer)
     probes = iter([probe if probe and layer in probe.layers else None for layer in range(num_blocks(model))])
     fused = iter(network.projections or [()] * num_blocks(model))
     responses: list[Responses] = []
@@ -198,18 +206,18 @@ def run(
     for block in doubles:
         modulations = next(vectors), next(vectors)
         text, image, seen = _call(
-            checkpoint, network.double, block, text, image, *modulations, site, next(fused), next(probes)
+            checkpoint, double, block, text, image, *modulations, site, next(fused), next(probes)
         )
         responses.append(seen)
     joint = to_request_order(torch.cat([text, image]), site)
     for number, block in enumerate(singles, start=1):
         last = site.last if number == len(singles) else None
         joint, seen = _call(
-            checkpoint, network.single, block, joint, next(vectors), site, next(fused), next(probes), last
+            checkpoint, single, block, joint, next(vectors), site, next(fused), next(probes), last
         )
         responses.append(seen)
     target = joint if singles else joint[site.last.tokens]
-    return project(model, target, next(vectors), site), [seen for seen in responses if seen]
+    return project(model, target, final, site), [seen for seen in responses if seen]
 
 
 def _call(checkpoint: bool, block: Callable[P, T], *inputs: P.args, **named: P.kwargs) -> T:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-import redis
-
 from model.roles import Role
 from model.spec import ModelSpec, Range
 from service.images import Picture, PictureGate
 from service.problems import Fault, Problem
 from service.prompts import check_prompt, clean_text, with_trigger
+from service.records import accept
 from service.schemas import CustomizeRequest, ReferenceBody
-from workers import queues
 from workers.artifacts import ArtifactStore
-from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, ReferenceInput, Sampling
+from workers.jobs import CustomizeJob, CustomizeRecord, ReferenceInput, Sampling
 from workers.ledger import CustomizeLedger
 from workers.pictures import PictureLimits
 
@@ -40,7 +38,6 @@ class Admission:
     limits: PictureLimits
     store: ArtifactStore
     ledger: CustomizeLedger
-    redis: redis.Redis
 
     def customize(self, request: CustomizeRequest) -> CustomizeRecord:
         """Accept one job and ring for it.
@@ -74,7 +71,7 @@ class Admission:
             output_format=request.output.format,
             metadata=request.metadata,
         )
-        return self._accept(job)
+        return accept(self.ledger, job)
 
     def _texts(self, request: CustomizeRequest, faults: list[Fault]) -> tuple[str, str]:
         longest = self.spec.max_prompt_characters
@@ -111,14 +108,6 @@ class Admission:
             resolution=body.resolution or _default_resolution(body.role, self.spec),
             on_no_face=body.on_no_face,
         )
-
-    def _accept(self, job: CustomizeJob) -> CustomizeRecord:
-        self.ledger.accept(job)
-        queues.ring(self.redis, CUSTOMIZE, job.id)
-        record = self.ledger.get(job.id)
-        if record is None:  # only with a time to live of nothing, or a Redis that forgets
-            raise Problem("queue_unavailable", "The accepted job could not be read back: try again.")
-        return record
 
 
 def check_references(request: CustomizeRequest, spec: ModelSpec) -> list[Fault]:

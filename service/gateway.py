@@ -49,9 +49,9 @@ def open_gateway(settings: GatewaySettings) -> Gateway:
     client = queues.connect(settings.redis_url, timeout_s=settings.redis_timeout_s)
     ledger = Ledger(client, CUSTOMIZE, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s)
     store = ArtifactStore(settings.artifact_root)
-    admission = Admission(spec, PictureLimits(), store, ledger, client)
+    admission = Admission(spec, PictureLimits(), store, ledger)
     trainings = TrainingAdmission(
-        settings, Ledger(client, TRAINING, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s), client
+        settings, Ledger(client, TRAINING, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s)
     )
     registry = Registry(settings.adapter_root)
     limiter = anyio.CapacityLimiter(settings.admissions)

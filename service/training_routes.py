@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Path, Query, Request, Response, status
+from fastapi import APIRouter, Query, Request, Response, status
 
 from service.gateway import Gateway, GatewayDependency
 from service.intake import parse_json, read_body
 from service.openapi import TRAINING_BODY, problems
-from service.problems import Fault, Problem
+from service.records import PageDependency, RecordId, accepted, cancel, found, point_to, queue_position
 from service.training_schemas import AdapterList, RecipeList, TrainingBody, TrainingList
 from service.trainings import adapter_view, training_body, validate_training
 from workers import queues
-from workers.jobs import TRAINING, JobStatus, TrainingRecord
+from workers.jobs import TRAINING, TrainingRecord
 from workers.registry import NAME
 
 router = APIRouter()
 
-TrainingId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="A training's id.")]
 MAX_BODY_BYTES = 256 * 1024
 POLL_AFTER_S = 5
-
-_SUBMITTED: dict[str, Any] = {
-    "description": "Accepted: follow the training at Location.",
-    "headers": {
-        "Location": {"description": "The training.", "schema": {"type": "string"}},
-        "Retry-After": {"description": "Seconds until polling makes sense.", "schema": {"type": "integer"}},
-    },
-}
 
 
 @router.post(
     "/v1/trainings",
     status_code=status.HTTP_202_ACCEPTED,
-    responses={202: _SUBMITTED, **problems(400, 408, 413, 415, 422, 503)},
+    responses={202: accepted("training"), **problems(400, 408, 413, 415, 422, 503)},
     openapi_extra={"requestBody": TRAINING_BODY},
     summary="Train an adapter by a recipe",
 )
@@ -43,8 +34,7 @@ async def submit_training(request: Request, response: Response, gateway: Gateway
     """Accept a training. Its result is a version of an adapter, listed at `/v1/adapters`."""
     raw = await read_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=gateway.settings.body_timeout_s)
     body = await to_thread.run_sync(_admit, gateway, raw)
-    response.headers["Location"] = body.urls.self
-    response.headers["Retry-After"] = str(POLL_AFTER_S)
+    point_to(response, body.urls, POLL_AFTER_S)
     return body
 
 
@@ -53,23 +43,14 @@ def _admit(gateway: Gateway, raw: bytes) -> TrainingBody:
 
 
 @router.get("/v1/trainings", responses=problems(422, 503), summary="List trainings, newest first")
-def list_trainings(
-    gateway: GatewayDependency,
-    status: Annotated[JobStatus | None, Query(description="Only trainings in this state.")] = None,
-    cursor: Annotated[str | None, Query(max_length=256, description="`next_cursor` of the page before.")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-) -> TrainingList:
-    try:
-        records, following = gateway.trainings.ledger.list(cursor, limit, status)
-    except ValueError:
-        detail = "Use a next_cursor of this listing, or none to start anew."
-        raise Problem.of_faults([Fault("?cursor", "cursor_invalid", detail)]) from None
+def list_trainings(gateway: GatewayDependency, page: PageDependency) -> TrainingList:
+    records, following = page.read(gateway.trainings.ledger)
     return TrainingList(trainings=[_body(gateway, record) for record in records], next_cursor=following)
 
 
 @router.get("/v1/trainings/{id}", responses=problems(404, 503), summary="A training's state, progress and result")
-def get_training(gateway: GatewayDependency, id: TrainingId) -> TrainingBody:
-    return _body(gateway, _found(gateway.trainings.ledger.get(id)))
+def get_training(gateway: GatewayDependency, id: RecordId) -> TrainingBody:
+    return _body(gateway, found(gateway.trainings.ledger.get(id)))
 
 
 @router.post(
@@ -77,12 +58,9 @@ def get_training(gateway: GatewayDependency, id: TrainingId) -> TrainingBody:
     responses={202: {"model": TrainingBody, "description": "Running: ends after its step."}, **problems(404, 503)},
     summary="Cancel a training",
 )
-def cancel_training(gateway: GatewayDependency, id: TrainingId, response: Response) -> TrainingBody:
+def cancel_training(gateway: GatewayDependency, id: RecordId, response: Response) -> TrainingBody:
     """A queued training is canceled at once, a running one after its step; a finished one stays as it is."""
-    record = _found(gateway.trainings.ledger.cancel(id))
-    if record.status is JobStatus.RUNNING:
-        response.status_code = status.HTTP_202_ACCEPTED
-    return _body(gateway, record)
+    return _body(gateway, cancel(gateway.trainings.ledger, id, response))
 
 
 @router.get("/v1/recipes", responses=problems(503), summary="What trainings can be asked for")
@@ -102,13 +80,6 @@ def list_adapters(
     return AdapterList(adapters=[adapter_view(adapter) for adapter in gateway.registry.versions(name)])
 
 
-def _found(record: TrainingRecord | None) -> TrainingRecord:
-    if record is None:
-        raise Problem("not_found")
-    return record
-
-
 def _body(gateway: Gateway, record: TrainingRecord) -> TrainingBody:
-    queued = record.status is JobStatus.QUEUED
-    position = gateway.trainings.ledger.position(record.job.id) if queued else None
-    return training_body(record, position=position, ttl_s=gateway.settings.job_ttl_s)
+    ahead = queue_position(gateway.trainings.ledger, record)
+    return training_body(record, position=ahead, ttl_s=gateway.settings.job_ttl_s)

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import redis
 from pydantic import ValidationError
 
 from service.admission import check_metadata
 from service.intake import faults_of
 from service.problems import Fault, Problem
-from service.schemas import JobErrorView, JobUrls, QueueView
+from service.records import accept, common_fields, time_text
 from service.training_schemas import (
     AdapterView,
     EffectiveTraining,
@@ -24,9 +23,7 @@ from service.training_schemas import (
     TrainingProgressView,
     TrainingRequest,
 )
-from service.views import time_text
-from workers import queues
-from workers.jobs import TRAINING, TrainingJob, TrainingProgress, TrainingRecord
+from workers.jobs import TrainingJob, TrainingProgress, TrainingRecord
 from workers.ledger import TrainingLedger
 from workers.registry import NAME, PublishedAdapter
 from workers.settings import QueueSettings
@@ -42,7 +39,6 @@ class TrainingAdmission:
 
     settings: QueueSettings
     ledger: TrainingLedger
-    redis: redis.Redis
 
     def train(self, request: TrainingRequest) -> TrainingRecord:
         """Accept one training and ring for it.
@@ -67,12 +63,7 @@ class TrainingAdmission:
             dataset=request.dataset,
             metadata=request.metadata,
         )
-        self.ledger.accept(job)
-        queues.ring(self.redis, TRAINING, job.id)
-        record = self.ledger.get(job.id)
-        if record is None:  # only with a time to live of nothing, or a Redis that forgets
-            raise Problem("queue_unavailable", "The accepted training could not be read back: try again.")
-        return record
+        return accept(self.ledger, job)
 
     def offers(self) -> list[RecipeView]:
         """The recipes that can be asked for."""
@@ -141,25 +132,13 @@ def validate_training(value: Any) -> TrainingRequest:
 
 def training_body(record: TrainingRecord, *, position: int | None, ttl_s: float) -> TrainingBody:
     """The training's body. `position`: trainings ahead of it; `ttl_s`: life of a terminal record."""
-    job, finished = record.job, record.finished_at
-    url = f"/v1/trainings/{job.id}"
+    job = record.job
     shown = {key: value for key, value in job.recipe.items() if key not in ("model", "data")}
     return TrainingBody(
-        id=job.id,
-        status=record.status,
+        **common_fields(record, f"/v1/trainings/{job.id}", position=position, ttl_s=ttl_s),
         progress=_progress(record.progress) if record.progress else None,
-        queue=None if position is None else QueueView(position=position),
-        attempt=record.attempt,
-        cancel_requested=record.cancel_requested,
-        created_at=time_text(record.created_at),
-        started_at=None if record.started_at is None else time_text(record.started_at),
-        finished_at=None if finished is None else time_text(finished),
-        expires_at=None if finished is None else time_text(finished + ttl_s),
         request=EffectiveTraining(adapter=job.adapter, dataset=job.dataset, recipe=shown),
         result=asdict(record.result) if record.result else None,
-        error=JobErrorView(**asdict(record.error)) if record.error else None,
-        urls=JobUrls(self=url, cancel=f"{url}/cancel"),
-        metadata=job.metadata,
     )
 
 

@@ -53,6 +53,9 @@ def load_pipeline(settings: WorkerSettings) -> Pipeline:
             device=settings.device,
             cutout=settings.cutout,
             faces=settings.faces,
+            compile=settings.compile,
+            graphs=settings.graph_root,
+            precision=settings.precision,
         )
     )
 

@@ -1,4 +1,4 @@
-"""One job from claim to commit: the outermost shell around everything that a job can make go wrong.
+"""One customize job from claim to commit; `claims` is the shell around everything that it can make go wrong.
 
     claim ─▶ read, decode, preprocess ─▶ encode ─▶ per image: start, step × N, decode, publish ─▶ commit
                                        each step: `beat` = progress out, cancellation in
@@ -11,18 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
-from redis.exceptions import RedisError
 
 from model.errors import ModelError
 from model.spec import ModelSpec
 from workers import pictures
 from workers.artifacts import ArtifactError, ArtifactStore
 from workers.caretaker import Claim
+from workers.claims import ClaimedJob, End, StoppedError, run_claimed
 from workers.jobs import CustomizeJob, ImageArtifact, JobError, JobResult, Progress
 from workers.ledger import CustomizeLedger, DamagedRecordError
 from workers.pictures import PictureError, PictureLimits
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from model.pipeline import ImageRequest
 
 SEEDS = 2**64
-_LOG = structlog.stdlib.get_logger("workers.runner")
 
 
 class HotPipeline(Protocol):
@@ -50,14 +48,6 @@ class HotPipeline(Protocol):
     def decode(self, run: Any) -> NDArray[np.uint8]: ...
 
 
-class _StoppedError(Exception):
-    """The ledger answered a beat with something else than ok."""
-
-    def __init__(self, reason: Literal["canceled", "lost"]) -> None:
-        super().__init__(reason)
-        self.reason: Literal["canceled", "lost"] = reason
-
-
 @dataclass(slots=True)
 class JobRunner:
     """Runs claimed jobs on one hot pipeline, one at a time. `claim` is the one in hand."""
@@ -70,23 +60,14 @@ class JobRunner:
     claim: Claim | None = None
 
     def run(self, job_id: str) -> None:
-        """Claim a job and bring it to an end; a refused claim means that there is nothing to do.
+        """Claim a job and bring it to an end.
 
         Raises:
             redis.exceptions.RedisError: Redis was away for longer than a finished job may wait. The lease
                 lapses and the job is run again.
         """
-        token = self.ledger.claim(job_id, self.worker)
-        if token is None:
-            _LOG.info("delivery of a job that is not queued", job_id=job_id)
-            return
-        self.claim = Claim(job_id, token, time.monotonic())
-        started = time.monotonic()
-        try:
-            state = _Attempt(self, self.claim).run()
-        finally:
-            self.claim = None
-        _LOG.info("job ended", job_id=job_id, state=state, seconds=round(time.monotonic() - started, 3))
+        patience_s = self.settings.commit_patience_s
+        run_claimed(self, job_id, patience_s, lambda claimed: _Attempt(self, claimed).run())
 
     def stop(self) -> None:
         """The running job is finished first."""
@@ -97,37 +78,20 @@ class _Attempt:
     """One claim's walk: what it has published and how long its phases took."""
 
     runner: JobRunner
-    claim: Claim
+    claimed: ClaimedJob[CustomizeJob, Progress, JobResult]
     published: list[ImageArtifact] = field(default_factory=list[ImageArtifact])
     timings: dict[str, float] = field(default_factory=dict[str, float])
 
-    def run(self) -> str:
-        """Make the pictures and write the end into the ledger; returns the end's name for the log."""
-        job_id, token, ledger = self.claim.job_id, self.claim.token, self.runner.ledger
-        patience = self.runner.settings.commit_patience_s
-        try:
-            result = self._make()
-        except _StoppedError as stopped:
-            if stopped.reason == "canceled":
-                insist(lambda: ledger.release_canceled(job_id, token), patience)
-            state = stopped.reason
-        except Exception as error:  # noqa: BLE001 - the outermost task shell: nothing may pass it unrecorded
-            reason = job_error(error)
-            _LOG.warning("job failed", job_id=job_id, code=reason.code, exception=type(error).__name__)
-            state = "failed" if insist(lambda: ledger.fail(job_id, token, reason), patience) else "lost"
-        else:
-            if insist(lambda: ledger.commit(job_id, token, result), patience):
-                return "succeeded"
-            state = "lost"
-        for image in self.published:
-            self.runner.store.discard(image.name)
-        return state
+    def run(self) -> End:
+        """Make the pictures and write the end into the ledger; only a job that succeeds keeps its pictures."""
+        end = self.claimed.end(self._make, job_error)
+        if end != "succeeded":
+            for image in self.published:
+                self.runner.store.discard(image.name)
+        return end
 
     def _make(self) -> JobResult:
-        record = self.runner.ledger.get(self.claim.job_id)
-        if record is None:
-            raise _StoppedError("lost")
-        job, pipeline = record.job, self.runner.pipeline
+        job, pipeline = self.claimed.read(), self.runner.pipeline
         total = job.sampling.num_inference_steps * job.num_images
         self._beat(Progress("load", 0, total))
         request = self._timed("preprocess_s", lambda: self._compose(job))
@@ -158,7 +122,7 @@ class _Attempt:
         self._beat(Progress("decode", done, total))
         pixels = self._timed("decode_s", lambda: pipeline.decode(run))
         data = self._timed("decode_s", lambda: pictures.encode(pixels, job.output_format))
-        name = f"{job.id}.{self.claim.token}.{number}.{job.output_format}"
+        name = f"{job.id}.{self.claimed.claim.token}.{number}.{job.output_format}"
         height, width, _ = pixels.shape
         self.published.append(
             ImageArtifact(
@@ -173,19 +137,15 @@ class _Attempt:
         )
 
     def _beat(self, progress: Progress) -> None:
-        """Tell the ledger; a Redis that is away for a moment stops no picture.
+        """Tell the ledger.
 
         Raises:
-            _StoppedError: canceled or lost.
+            StoppedError: canceled or lost.
         """
-        self.claim.moved_at = time.monotonic()
-        try:
-            answer = self.runner.ledger.beat(self.claim.job_id, self.claim.token, progress)
-        except RedisError as error:
-            _LOG.warning("beat not heard", job_id=self.claim.job_id, exception=type(error).__name__)
-            return
+        self.claimed.claim.moved_at = time.monotonic()
+        answer = self.claimed.beat(progress)
         if answer != "ok":
-            raise _StoppedError(answer)
+            raise StoppedError(answer)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
@@ -193,22 +153,6 @@ class _Attempt:
             return work()
         finally:
             self.timings[phase] = self.timings.get(phase, 0.0) + time.perf_counter() - started
-
-
-def insist(write: Callable[[], bool], patience_s: float) -> bool:
-    """Write an end, for as long as the patience lasts; the ledger's scripts bear repetition.
-
-    Raises:
-        redis.exceptions.RedisError: Redis was away for longer.
-    """
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return write()
-        except RedisError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 def job_error(error: Exception) -> JobError:

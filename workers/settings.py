@@ -69,6 +69,8 @@ class WorkerSettings(QueueSettings):
         dreamo: directory of the released DreamO files; None takes `<base_model>/dreamo`.
         fused: output directory of `dreamserve fuse`; replaces transformer and adapters.
         cutout, faces: which tools prepare subject and identity references.
+        compile: whether `torch.compile` runs the network's blocks; `auto`: on CUDA, and without if it fails.
+        precision: of the blocks' large products; `fp8` and `int8` change pictures a little.
         commit_patience_s: how long a finished picture waits for a Redis that is away.
         stall_s: a job without any progress for so long gives up its lease.
     """
@@ -79,9 +81,16 @@ class WorkerSettings(QueueSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     cutout: str = Field(default="auto", pattern=r"^(auto|grabcut|ben2:.+)$")
     faces: str = Field(default="auto", pattern=r"^(auto|opencv|facexlib:.+)$")
+    compile: Literal["auto", "on", "off"] = "auto"
+    precision: Literal["full", "fp8", "int8"] = "full"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     commit_patience_s: float = Field(default=60.0, ge=0)
     stall_s: float = Field(default=600.0, gt=0)
+
+    @property
+    def graph_root(self) -> Path:
+        """Where compiled graphs are kept."""
+        return self.state_dir / "compiled"
 
 
 class TrainingSettings(QueueSettings):

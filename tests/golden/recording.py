@@ -266,7 +266,8 @@ def _check_depth(pipeline: Pipeline, run: Denoising, wanted: Wanted) -> Iterator
     got = {"pos_embed.0": site.cos, "pos_embed.1": site.sin}
     got["x_embedder.0"] = (embedded.image - tables.rows(layout))[None]
     text, image = embedded.text, embedded.image
-    vectors = iter(split_vectors(model, embedded.vectors))
+    _, *by_layer = split_vectors(model, embedded.vectors)
+    vectors = iter(by_layer)
     for number, block in enumerate(model.transformer_blocks):
         text, image, _ = double_block(block, text, image, next(vectors), next(vectors), site)
         got[f"double{number}.0"], got[f"double{number}.1"] = text[None], image[None]

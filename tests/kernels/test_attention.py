@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -156,9 +157,8 @@ def test_every_device_and_head_has_a_block() -> None:
     assert all(block.columns & (block.columns - 1) == 0 for block in blocks)
 
 
-@pytest.mark.parametrize("backend", [None, "cudnn"])
-def test_one_graph_for_all_packs(backend: str | None) -> None:
-    """Without gradients a mixed pack's attention is one node too, whatever the number of requests and their lengths."""
+def check_one_graph(backend: str | None, packs: Sequence[Pack], attend: Callable[[Tensor, Pack], Tensor]) -> None:
+    """Compiled as one whole graph each time, at most twice for all packs, attention is `attend`."""
     graphs: list[Any] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -170,37 +170,30 @@ def test_one_graph_for_all_packs(backend: str | None) -> None:
 
     torch.compiler.reset()
     compiled = torch.compile(call, backend=keep, fullgraph=True)
-    for lengths in ([3, 4], [2, 2, 5], [9, 1, 1, 4], [6, 6]):
-        query = torch.randn(sum(lengths), 2, 8)
-        pack = make_pack([0, *accumulate(lengths)], "cpu")
-        assert torch.allclose(compiled(query, pack), dense(query, query, query, pack) * 2, atol=1e-6)
+    for pack in packs:
+        query = torch.randn(pack.boundaries[-1], 2, 8)
+        assert torch.allclose(compiled(query, pack), attend(query, pack) * 2, atol=1e-6)
     assert len(graphs) <= 2
-    inputs = (query, query, query, pack.offsets, None, None, backend == "cudnn")
-    torch.library.opcheck(grouped, inputs, test_utils=("test_schema", "test_faketensor"))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", [None, "cudnn"])
+def test_one_graph_for_all_packs(backend: str | None) -> None:
+    """Without gradients a mixed pack's attention is one node too, whatever the number of requests and their lengths."""
+    lengths = ([3, 4], [2, 2, 5], [9, 1, 1, 4], [6, 6])
+    packs = [make_pack([0, *accumulate(some)], "cpu") for some in lengths]
+    check_one_graph(backend, packs, lambda query, pack: dense(query, query, query, pack))
+    query = torch.randn(12, 2, 8)
+    arguments = (query, query, query, packs[-1].offsets, None, None, backend == "cudnn")
+    torch.library.opcheck(grouped, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("backend", [None, "sdpa", "cudnn"])
 def test_one_graph_for_all_lengths_of_a_request(backend: str | None) -> None:
     """A single request's attention is one graph, general in its length: the pack's numbers are no part of it."""
-    graphs: list[Any] = []
 
-    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+    def attend(query: Tensor, _: Pack) -> Tensor:
+        heads = query[None].transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2)[0]
 
-    def call(query: Tensor, pack: Pack) -> Tensor:
-        return packed_attention(query, query, query, pack, backend=backend) * 2
-
-    torch.compiler.reset()
-    compiled = torch.compile(call, backend=keep, fullgraph=True)
-    for length in (7, 12, 30, 5):
-        query = torch.randn(length, 2, 8)
-        pack = make_pack([0, length], "cpu")
-        assert torch.allclose(
-            compiled(query, pack),
-            F.scaled_dot_product_attention(*(query[None].transpose(1, 2) for _ in range(3))).transpose(1, 2)[0] * 2,
-            atol=1e-6,
-        )
-    assert len(graphs) <= 2
-    torch.compiler.reset()
+    check_one_graph(backend, [make_pack([0, length], "cpu") for length in (7, 12, 30, 5)], attend)

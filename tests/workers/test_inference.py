@@ -8,15 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pytest
 import redis
 
+from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
 from tests.workers.standin import LOADS, picture
 from workers import queues
@@ -26,19 +26,7 @@ from workers.ledger import Ledger
 from workers.pictures import PictureLimits, decode
 from workers.redis_process import RedisProcess, start_redis
 
-T = TypeVar("T")
 LEASE_S = 1.5
-
-
-def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 40.0) -> T:
-    """Look until there is something to see."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        seen = look()
-        if seen:
-            return seen
-        time.sleep(0.01)
-    raise AssertionError(f"waited in vain for {what}")
 
 
 @dataclass
@@ -150,7 +138,9 @@ def test_two_workers_many_jobs(crew: Crew, make_job: MakeJob) -> None:
         record = crew.ended(job)
         crew.check_pictures(record)
         assert record.attempt == 1
-    assert sorted(crew.loads()) == sorted(process.pid for process in crew.processes)
+    pids = sorted(process.pid for process in crew.processes)
+    wait_for(lambda: len(crew.loads()) >= len(pids), "both workers")
+    assert sorted(crew.loads()) == pids
     assert crew.client.keys("rq:job:*") == []
     assert crew.client.llen("rq:queue:customize:intermediate") == 0
     assert crew.client.zcard(f"{CUSTOMIZE.root}leases") == 0

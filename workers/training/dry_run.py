@@ -75,7 +75,10 @@ def _memory(recipe: Recipe, base: int, trained: int) -> str:
 
 
 def _config(recipe: Recipe) -> dict[str, Any]:
-    base = Path(recipe.model.base or SHIPPED)
+    named = str(recipe.model.base or SHIPPED)
+    base = Path(named)
+    if named.startswith((".", "/")) and not base.exists():
+        raise WeightsError("model_not_found", f"the recipe's base {named} is not here: make it, or name one with --base")
     file = base / "transformer" / "config.json"
     if not base.exists():
         return dict(FLUX_DEV)

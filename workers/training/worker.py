@@ -15,25 +15,24 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 import redis
 import structlog
 from pydantic import ValidationError
-from redis.exceptions import RedisError
 
 from model.errors import ModelError
 from workers import queues
 from workers.caretaker import Claim
+from workers.claims import ClaimedJob, End, Stop, StoppedError, run_claimed
 from workers.jobs import TRAINING, JobError, TrainingJob, TrainingProgress, TrainingResult
 from workers.ledger import DamagedRecordError, Ledger, TrainingLedger
 from workers.logs import configure_logging
 from workers.process import ConfigurationError, Station, WorkerProcess, find_url, refuse, run_delivered
 from workers.registry import Registry, RegistryError
-from workers.runner import insist
 from workers.settings import TrainingSettings, describe_bad_settings
 from workers.training.export import ExportError
 from workers.training.recipes import Recipe, RecipeError
@@ -71,25 +70,15 @@ class TrainingRunner:
             redis.exceptions.RedisError: Redis was away for longer than a finished training may wait. The lease
                 lapses, and the training goes on from its last checkpoint.
         """
-        token = self.ledger.claim(job_id, self.worker)
-        if token is None:
-            _LOG.info("delivery of a training that is not queued", job_id=job_id)
-            return
-        self.claim = Claim(job_id, token, time.monotonic())
-        started = time.monotonic()
+        patience_s = self.settings.commit_patience_s
         try:
-            state = _Attempt(self, self.claim).run()
+            run_claimed(self, job_id, patience_s, lambda claimed: _Attempt(self, claimed).run())
         finally:
-            self.claim = None
             gc.collect()  # the trained model goes before the next is loaded
-        _LOG.info("training ended", job_id=job_id, state=state, seconds=round(time.monotonic() - started, 1))
 
     def stop(self) -> None:
         """The step at hand is the last one here."""
         self.leaving = True
-
-
-Stopped = Literal["canceled", "lost", "leaving"]
 
 
 @dataclass(slots=True)
@@ -97,57 +86,42 @@ class _Attempt:
     """One claim's walk: prepare, resume, train, export, publish, commit."""
 
     runner: TrainingRunner
-    claim: Claim
+    claimed: ClaimedJob[TrainingJob, TrainingProgress, TrainingResult]
     trainer: Trainer | None = None
-    stopped: Stopped | None = None
+    stopped: Stop | None = None
     losses: dict[str, float] = field(default_factory=dict[str, float])
     told_at: float = 0.0
     stepped_at: float = 0.0
     pace: float = 0.0
 
-    def run(self) -> str:
-        """Train and write the end into the ledger; returns the end's name for the log."""
-        job_id, token, ledger = self.claim.job_id, self.claim.token, self.runner.ledger
-        try:
-            result = self._make()
-        except Exception as error:  # noqa: BLE001 - the outermost task shell: nothing may pass it unrecorded
-            reason = training_error(error)
-            _LOG.warning("training failed", job_id=job_id, code=reason.code, exception=type(error).__name__)
-            return "failed" if self._insist(lambda: ledger.fail(job_id, token, reason)) else "lost"
-        if result is not None:
-            if not self._insist(lambda: ledger.commit(job_id, token, result)):
-                return "lost"
-            self._clear()
-            return "succeeded"
-        if self.stopped == "canceled" and self._insist(lambda: ledger.release_canceled(job_id, token)):
-            self._clear()
-        elif self.stopped == "leaving" and self._insist(lambda: ledger.hand_back(job_id, token)):
-            queues.ring_again(self.runner.client, TRAINING, job_id)
-        return str(self.stopped)
+    def run(self) -> End:
+        """Train and write the end into the ledger; checkpoints stay for who may go on from them."""
+        end = self.claimed.end(self._make, training_error)
+        if end in ("succeeded", "canceled"):
+            shutil.rmtree(self._directory, ignore_errors=True)
+        elif end == "leaving":
+            queues.ring_again(self.runner.client, TRAINING, self.claimed.claim.job_id)
+        return end
 
-    def _make(self) -> TrainingResult | None:
-        """The result, or None when stopped."""
-        record = self.runner.ledger.get(self.claim.job_id)
-        if record is None:
-            self.stopped = "lost"
-            return None
-        recipe = recipe_of(record.job, self.runner.settings)
+    def _make(self) -> TrainingResult:
+        job = self.claimed.read()
+        recipe = recipe_of(job, self.runner.settings)
         self.trainer = prepare(recipe, self._directory, self._on_step)
         if self.trainer.resume():
-            _LOG.info("training goes on", job_id=self.claim.job_id, step=self.trainer.step)
+            _LOG.info("training goes on", job_id=job.id, step=self.trainer.step)
         if self.runner.leaving:
             self._stop("leaving")
         stage, _ = recipe.at(min(self.trainer.step, recipe.steps - 1))
         self._tell(TrainingProgress(stage.name, self.trainer.step, recipe.steps, {}, 0.0, 0.0))
         if not self.trainer.run():
-            return None
+            raise StoppedError(self.stopped or "lost")
         exported = self.trainer.export()
-        adapter = self.runner.registry.publish(record.job.adapter, exported.directory)
+        adapter = self.runner.registry.publish(job.adapter, exported.directory)
         return TrainingResult(adapter.name, adapter.version, self.trainer.step, self.losses)
 
     def _on_step(self, report: StepReport) -> None:
         now = time.monotonic()
-        self.claim.moved_at = now
+        self.claimed.claim.moved_at = now
         if self.stepped_at:
             seconds = now - self.stepped_at
             self.pace = seconds if self.pace == 0 else 0.9 * self.pace + 0.1 * seconds
@@ -161,30 +135,18 @@ class _Attempt:
             self._tell(TrainingProgress(*place, self.losses, round(speed, 2), round(self.pace, 4)))
 
     def _tell(self, progress: TrainingProgress) -> None:
-        """Tell the ledger; a Redis that is away for a moment stops no training."""
         self.told_at = time.monotonic()
-        try:
-            answer = self.runner.ledger.beat(self.claim.job_id, self.claim.token, progress)
-        except RedisError as error:
-            _LOG.warning("beat not heard", job_id=self.claim.job_id, exception=type(error).__name__)
-            return
+        answer = self.claimed.beat(progress)
         if answer != "ok":
             self._stop(answer)
 
-    def _stop(self, reason: Stopped) -> None:
+    def _stop(self, reason: Stop) -> None:
         self.stopped = reason
         cast("Trainer", self.trainer).stop.set()
 
-    def _insist(self, write: Callable[[], bool]) -> bool:
-        return insist(write, self.runner.settings.commit_patience_s)
-
     @property
     def _directory(self) -> Path:
-        return self.runner.settings.run_root / self.claim.job_id
-
-    def _clear(self) -> None:
-        """An ended training needs its checkpoints no more."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        return self.runner.settings.run_root / self.claimed.claim.job_id
 
 
 def recipe_of(job: TrainingJob, settings: TrainingSettings) -> Recipe:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from kernels import attention, flash
 from kernels.attention import Pack, Visibility, attention_reference, make_pack, packed_attention
+from tests.kernels.interpreted.broken import broken
 
 pytestmark = pytest.mark.gpu
 HEADS = 2
@@ -117,7 +116,8 @@ def test_scores_far_below_zero(device: torch.device, tmp_path: Path) -> None:
     """Where all scores are near -128, a score of 0 beyond the end of a sequence would be e^128 and overflow."""
     case = ([65, 40], 64, torch.float32, device)
     assert mistakes(flash, *case, opposed=16.0) == []
-    copy = broken_copy(
+    copy = broken(
+        flash,
         "tl.minimum(scores * (scale * 1.4426950408889634) - sums, 0.0)",
         "scores * (scale * 1.4426950408889634) - sums",
         tmp_path,
@@ -142,29 +142,12 @@ BROKEN = [
 ]
 
 
-def broken_copy(written: str, instead: str, folder: Path) -> ModuleType:
-    """The kernels with one thing written otherwise."""
-    source = Path(flash.__file__ or "").read_text()
-    assert source.count(written) >= 1, f"the kernels no longer say {written!r}"
-    file = folder / "broken_flash.py"
-    file.write_text(source.replace(written, instead))
-    spec = importlib.util.spec_from_file_location("broken_flash", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "broken_flash", module)
-        spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(("written", "instead", "wrong", "seen"), BROKEN)
 def test_control_broken_kernels(
     written: str, instead: str, wrong: set[str], seen: bool, device: torch.device, tmp_path: Path
 ) -> None:
     """The same check refuses kernels with a mistake in them."""
-    copy = broken_copy(written, instead, tmp_path)
+    copy = broken(flash, written, instead, tmp_path, everywhere=True)
     assert wrong <= set(mistakes(copy, [65, 40], 64, torch.float32, device, seen=seen))
 
 

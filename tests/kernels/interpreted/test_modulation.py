@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import modulation
+from tests.kernels.interpreted.broken import broken
 
 pytestmark = pytest.mark.gpu
 
@@ -148,24 +146,6 @@ def test_torch_takes_the_op(device: torch.device) -> None:
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for got, wanted in zip(compiled(x, update), both(x, update), strict=True):
         assert torch.equal(got, wanted)
-
-
-numbers = itertools.count()
-
-
-def broken(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
-    """The module with one place changed, and operations of its own."""
-    source = Path(module.__file__ or "").read_text()
-    assert source.count(old) == 1
-    name = f"broken_{module.__name__.rpartition('.')[2]}_{next(numbers)}"
-    file = folder / f"{name}.py"
-    file.write_text(source.replace(old, new).replace('"dreamserve::', f'"{name}::'))
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 FAULTS = [

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kernels import qk_norm_rope as ops
 from kernels.qk_norm_rope import QKNorms
-from tests.kernels.interpreted.test_modulation import DTYPES, broken
+from tests.kernels.interpreted.broken import broken
+from tests.kernels.interpreted.test_modulation import DTYPES
 
 pytestmark = pytest.mark.gpu
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +13,7 @@ from torch import Tensor
 import kernels.column_mass as mass
 import kernels.pooled_response as pooled
 from kernels.sites import Reading, Sites, plan_reading
+from tests.kernels.interpreted.broken import broken
 
 pytestmark = pytest.mark.gpu
 
@@ -181,24 +179,6 @@ def test_a_pack_without_maps(device: torch.device) -> None:
     x = torch.zeros(1, 1, 16, device=device)
     assert pooled.pooled_maps(x, x, reading, backend="triton") == (None,)
     assert mass.column_mass(x, x, torch.zeros(1, 1, device=device), reading, backend="triton") == (None,)
-
-
-numbers = itertools.count()
-
-
-def broken(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
-    """The module with one place changed, and operations of its own."""
-    source = Path(module.__file__ or "").read_text()
-    assert source.count(old) == 1
-    name = f"broken_{next(numbers)}"
-    file = folder / f"{name}.py"
-    file.write_text(source.replace(old, new).replace('"dreamserve::', f'"{name}::'))
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 POOLED_FAULTS = [

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from model.checkpoints import SHIPPED
+from model.errors import WeightsError
 from workers.training import trainer as trainer_module
 from workers.training.batches import Batch
 from workers.training.dry_run import describe
@@ -120,5 +121,7 @@ def test_records_that_do_not_fit_are_said() -> None:
     _, (one, two) = first_batches(plan(model={"base": "no-such/base"}))
     assert one == two
     assert "not a multiple of 16; no-such/base is not here: name the base with --base" in one[0]
+    with pytest.raises(WeightsError, match=r"\./no-such-start is not here: make it, or name one with --base"):
+        describe(plan(model={"base": "./no-such-start"}))
     with pytest.raises(RecipeError, match="no records of task 'no_such'"):
         first_batches(plan(stages=[{**STAGES[0], "mixture": {"no_such": 1}}]))

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import redis
 import torch
 from safetensors.torch import load_file
 
+from tests.waiting import wait_for
 from workers import queues
 from workers.jobs import TRAINING, JobStatus, TrainingJob, TrainingRecord
 from workers.ledger import Ledger, TrainingLedger
@@ -27,7 +28,6 @@ from workers.settings import TrainingSettings
 from workers.training.recipes import load_recipe
 from workers.training.worker import TrainingRunner, sweep_runs
 
-T = TypeVar("T")
 LEASE_S = 1.0
 SMALL = {
     "save_every": 1,
@@ -108,17 +108,6 @@ def spawn(yard: Yard) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
     for process in processes:
         process.kill()
         process.wait()
-
-
-def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 90.0) -> T:
-    """Look until there is something to see."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        seen = look()
-        if seen:
-            return seen
-        time.sleep(0.005)
-    raise AssertionError(f"waited in vain for {what}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,20 @@
+"""Waiting for what other processes do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 90.0) -> T:
+    """Look until there is something to see; after `timeout_s` the test fails and says `what` is missing."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        seen = look()
+        if seen:
+            return seen
+        time.sleep(0.005)
+    raise AssertionError(f"waited in vain for {what}")

@@ -1,0 +1,134 @@
+"""A claimed job from claim to end: the outermost shell around the work, the same for every kind of job.
+
+    claim ─▶ work, its progress told by `beat` ─▶ commit, fail, release or hand back
+
+All that is written here carries the claim's token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol
+
+import structlog
+from redis.exceptions import RedisError
+
+from workers.caretaker import Claim
+from workers.jobs import JobError, JobT, ProgressT, ResultT
+from workers.ledger import Beat, Ledger
+
+_LOG = structlog.stdlib.get_logger("workers.claims")
+
+Stop = Literal["canceled", "lost", "leaving"]
+End = Literal["succeeded", "failed", "canceled", "lost", "leaving"]
+
+
+class StoppedError(Exception):
+    """The work ends early: the ledger answered a beat with something else than ok, or the process is to leave."""
+
+    def __init__(self, reason: Stop) -> None:
+        super().__init__(reason)
+        self.reason: Stop = reason
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedJob(Generic[JobT, ProgressT, ResultT]):
+    """A job in hand, and what may be written about it. `patience_s`: how long its end waits for Redis."""
+
+    ledger: Ledger[JobT, ProgressT, ResultT]
+    claim: Claim
+    patience_s: float
+
+    def read(self) -> JobT:
+        """The job itself.
+
+        Raises:
+            StoppedError: its record is gone.
+            DamagedRecordError: what Redis holds is not a record.
+        """
+        record = self.ledger.get(self.claim.job_id)
+        if record is None:
+            raise StoppedError("lost")
+        return record.job
+
+    def beat(self, progress: ProgressT) -> Beat:
+        """Tell the ledger; a Redis that is away for a moment stops no work."""
+        try:
+            return self.ledger.beat(self.claim.job_id, self.claim.token, progress)
+        except RedisError as error:
+            _LOG.warning("beat not heard", job_id=self.claim.job_id, exception=type(error).__name__)
+            return "ok"
+
+    def end(self, work: Callable[[], ResultT], explain: Callable[[Exception], JobError]) -> End:
+        """Do the work and write its end into the ledger.
+
+        Args:
+            work: makes the result; `StoppedError` ends it early, any other exception is a failure.
+            explain: what the caller may know of a failure.
+
+        Returns:
+            What the ledger took; `lost` when it took nothing. Who is `leaving` rings for the job himself.
+
+        Raises:
+            redis.exceptions.RedisError: Redis was away for longer than the patience.
+        """
+        job_id, token, ledger = self.claim.job_id, self.claim.token, self.ledger
+        try:
+            result = work()
+        except StoppedError as stopped:
+            return self._stop(stopped.reason)
+        except Exception as error:  # noqa: BLE001 - the outermost task shell: nothing may pass it unrecorded
+            reason = explain(error)
+            _LOG.warning("job failed", job_id=job_id, code=reason.code, exception=type(error).__name__)
+            return "failed" if self._insist(lambda: ledger.fail(job_id, token, reason)) else "lost"
+        return "succeeded" if self._insist(lambda: ledger.commit(job_id, token, result)) else "lost"
+
+    def _stop(self, reason: Stop) -> End:
+        if reason == "lost":
+            return "lost"
+        write = self.ledger.release_canceled if reason == "canceled" else self.ledger.hand_back
+        return reason if self._insist(lambda: write(self.claim.job_id, self.claim.token)) else "lost"
+
+    def _insist(self, write: Callable[[], bool]) -> bool:
+        """Write for as long as the patience lasts; the ledger's scripts bear repetition."""
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            try:
+                return write()
+            except RedisError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+
+class ClaimingRunner(Protocol[JobT, ProgressT, ResultT]):
+    """What claims jobs. `claim` is the one in hand."""
+
+    claim: Claim | None
+
+    @property
+    def ledger(self) -> Ledger[JobT, ProgressT, ResultT]: ...
+    @property
+    def worker(self) -> str: ...
+
+
+def run_claimed(
+    runner: ClaimingRunner[JobT, ProgressT, ResultT],
+    job_id: str,
+    patience_s: float,
+    attempt: Callable[[ClaimedJob[JobT, ProgressT, ResultT]], End],
+) -> None:
+    """Claim a job and let `attempt` bring it to an end; a refused claim means that there is nothing to do."""
+    token = runner.ledger.claim(job_id, runner.worker)
+    if token is None:
+        _LOG.info("delivery of a job that is not queued", job_id=job_id)
+        return
+    started = time.monotonic()
+    runner.claim = Claim(job_id, token, started)
+    try:
+        state = attempt(ClaimedJob(runner.ledger, runner.claim, patience_s))
+    finally:
+        runner.claim = None
+    _LOG.info("job ended", job_id=job_id, state=state, seconds=round(time.monotonic() - started, 3))
