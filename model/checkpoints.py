@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -26,10 +26,11 @@ from transformers.utils import logging as transformers_logging
 
 from model.adapters import EMBEDDINGS, MAIN, Adapter, AdapterFile, fuse, read_adapter, stack
 from model.errors import WeightsError
+from model.precision import check_device, quantized
 from model.schedule import ShiftRule, read_shift_rule
 from model.spec import ModelSpec, Version, load_spec, own_version
 from model.text import PromptEncoder
-from model.transformer import EmbeddingTables
+from model.transformer import EmbeddingTables, Network
 from model.vae import LatentCodec
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ class ModelSource:
         turbo: whether the Turbo adapter is in the stack (12 steps instead of 25 and more).
         dtype: `auto` is bfloat16 on CUDA, float32 elsewhere. device: `auto` prefers CUDA.
         cutout, faces: tools that prepare references; see `preprocess.load_tools`.
+        compile: whether `torch.compile` runs the blocks; `auto`: on CUDA, and without if it fails.
+        graphs: where compiled graphs are kept for the next process; None: where torch does.
+        precision: of the blocks' large products; see `model.precision`.
     """
 
     base_model: str = str(SHIPPED)
@@ -65,6 +69,9 @@ class ModelSource:
     device: str = "auto"
     cutout: str = "auto"
     faces: str = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    graphs: Path | None = None
+    precision: Literal["full", "fp8", "int8"] = "full"
 
     def stack(self) -> tuple[AdapterFile, ...]:
         """The adapter files, in fusing order."""
@@ -146,6 +153,9 @@ def _assemble(source: ModelSource, fused: FusedTransformer) -> LoadedModel:
         fused.embeddings["dreamo_task_embedding"].to(device, dtype),
         fused.embeddings["dreamo_idx_embedding"].to(device, dtype),
     )
+    if source.precision != "full":  # before the device gets to hold it, which may be too small for all of it
+        check_device(source.precision, device)
+        quantized(Network(fused.transformer), source.precision)
     for network in (fused.transformer, text.t5, text.clip, vae):
         cast("torch.nn.Module", network).to(device).eval().requires_grad_(False)
     shift = read_shift_rule(base / "scheduler" / "scheduler_config.json")

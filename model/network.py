@@ -13,6 +13,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from model.blocks import Projections
 from model.packing import Condition, lay_out
 from model.transformer import (
     EmbeddingTables,
@@ -79,8 +80,23 @@ def stand(
 
 
 def ready(model: FluxTransformer2DModel) -> Network:
-    """The model as serving runs it: fused on a GPU; on a CPU by its own layers, whose bits the recordings have."""
+    """The model as serving runs it: fused on a GPU; on a CPU by its own layers, whose bits the recordings have.
+
+    A model in low precision is fused already.
+    """
+    if held := held_projections(model):
+        return Network(model, held)
     return fused(model) if model.device.type == "cuda" else Network(model)
+
+
+def held_projections(model: FluxTransformer2DModel) -> tuple[Projections, ...]:
+    """The fused projections that the model holds as layers of its own, under diffusers' names; empty: none."""
+    doubles = [(block.attn.to_added_qkv, block.attn.to_qkv) for block in double_blocks(model) if _holds(block)]
+    return (*doubles, *((block.attn.to_qkv,) for block in single_blocks(model) if _holds(block)))
+
+
+def _holds(block: nn.Module) -> bool:
+    return hasattr(block.attn, "to_qkv")
 
 
 def fused(model: FluxTransformer2DModel) -> Network:

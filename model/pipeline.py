@@ -5,17 +5,22 @@ Each phase takes and returns frozen values, so the engine may run them wherever 
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch._dynamo.exc import TorchDynamoException
 
 from kernels import dispatch
 from model.checkpoints import LoadedModel, ModelSource, load_model
+from model.compilation import compiled, keep_graphs
+from model.errors import WeightsError
 from model.network import ready
 from model.noise import Draws, SeededDraws
 from model.packing import Condition, ReferenceTokens
@@ -27,6 +32,8 @@ from model.schedule import sigmas
 from model.spec import ModelSpec
 from model.text import PromptEmbeds
 from model.vae import pack_latents
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +86,25 @@ class EncodedRequest:
 class Pipeline:
     """The model of one worker. Stateless between calls: everything about a request is in the values passed."""
 
-    def __init__(self, model: LoadedModel, tools: Tools) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        tools: Tools,
+        *,
+        compile: Literal["auto", "on", "off"] = "off",
+        compiler: Any = "inductor",
+    ) -> None:
+        """
+        Args:
+            compile: whether its blocks are compiled; `auto`: they run as they are if that fails.
+            compiler: backend of `torch.compile`.
+        """
         self.model = model
         self.tools = tools
-        self.sampler = Sampler(ready(model.transformer), model.tables)
+        self._network = ready(model.transformer)
+        self._compile = compile
+        runs = self._network if compile == "off" else compiled(self._network, compiler)
+        self.sampler = Sampler(runs, model.tables)
 
     @property
     def spec(self) -> ModelSpec:
@@ -95,6 +117,7 @@ class Pipeline:
         return {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "dtype": str(parameter.dtype).removeprefix("torch."),
+            "compiled": str(self._compile != "off").lower(),
             "kernels": "; ".join(f"{op}: {choice}" for op, choice in dispatch.describe().items()),
             "parameters": sum(p.numel() for p in self.model.transformer.parameters()),
             "torch": torch.__version__,
@@ -183,7 +206,24 @@ class Pipeline:
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
     def warm(self) -> None:
-        """Run every network once at the default size, so that the first job pays for nothing."""
+        """Run every network at the default size, so that the first job pays for nothing; compiles what is compiled.
+
+        Raises:
+            WeightsError: `compile_failed`, if compilation was asked for.
+        """
+        try:
+            self._warm_up()
+        except TorchDynamoException as error:
+            reason = str(error).partition("\n")[0][:300]
+            remedy = "install a C and C++ compiler, or set DREAMSERVE_COMPILE=off"
+            if self._compile == "on":
+                raise WeightsError("compile_failed", f"the network cannot be compiled ({reason}): {remedy}") from error
+            _LOG.warning("the network runs without torch.compile (%s): %s", reason, remedy)
+            self._compile = "off"
+            self.sampler = Sampler(self._network, self.model.tables)
+            self._warm_up()
+
+    def _warm_up(self) -> None:
         spec = self.spec
         request = ImageRequest(
             prompt="warm",
@@ -195,7 +235,10 @@ class Pipeline:
             guidance=spec.guidance.default,
             first_step_guidance=spec.guidance.default,
         )
-        (run,) = self.step([self.start(self.encode(request, ()), seed=0)])
+        fresh = self.start(self.encode(request, ()), seed=0)
+        (run,) = self.step([fresh])
+        if self._compile != "off":
+            self.step([fresh, fresh])  # A pack of several is a graph of its own.
         self.decode(run)
 
 
@@ -218,4 +261,9 @@ def load_pipeline(source: ModelSource) -> Pipeline:
         WeightsError: anything that is missing or does not fit.
     """
     tools = load_tools(source.cutout, source.faces, str(source.torch_device()))
-    return Pipeline(load_model(source), tools)
+    model = load_model(source)
+    device = model.transformer.device
+    compiles = source.compile == "on" or (source.compile == "auto" and device.type == "cuda")
+    if compiles and source.graphs is not None:
+        keep_graphs(source.graphs, device)
+    return Pipeline(model, tools, compile=source.compile if compiles else "off")

@@ -205,16 +205,12 @@ def run(
     text, image = embedded.text, embedded.image
     for block in doubles:
         modulations = next(vectors), next(vectors)
-        text, image, seen = _call(
-            checkpoint, double, block, text, image, *modulations, site, next(fused), next(probes)
-        )
+        text, image, seen = _call(checkpoint, double, block, text, image, *modulations, site, next(fused), next(probes))
         responses.append(seen)
     joint = to_request_order(torch.cat([text, image]), site)
     for number, block in enumerate(singles, start=1):
         last = site.last if number == len(singles) else None
-        joint, seen = _call(
-            checkpoint, single, block, joint, next(vectors), site, next(fused), next(probes), last
-        )
+        joint, seen = _call(checkpoint, single, block, joint, next(vectors), site, next(fused), next(probes), last)
         responses.append(seen)
     target = joint if singles else joint[site.last.tokens]
     return project(model, target, final, site), [seen for seen in responses if seen]

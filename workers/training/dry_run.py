@@ -78,7 +78,8 @@ def _config(recipe: Recipe) -> dict[str, Any]:
     named = str(recipe.model.base or SHIPPED)
     base = Path(named)
     if named.startswith((".", "/")) and not base.exists():
-        raise WeightsError("model_not_found", f"the recipe's base {named} is not here: make it, or name one with --base")
+        remedy = "make it, or name one with --base"
+        raise WeightsError("model_not_found", f"the recipe's base {named} is not here: {remedy}")
     file = base / "transformer" / "config.json"
     if not base.exists():
         return dict(FLUX_DEV)
