@@ -73,13 +73,26 @@ def interleaved(
     return seconds
 
 
+def own_seconds(run: Callable[[], object]) -> float:
+    """A timer for one thread on a CPU: what this process ran, whoever else had the core in between."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def compared(what: str, seconds: Mapping[str, Sequence[float]], baseline: str, **details: Any) -> list[Figure]:
     """Milliseconds of each candidate, and the baseline's time over each other's, round by round."""
     rows = [figure(f"{what}: {name}", "ms", [1e3 * s for s in values], **details) for name, values in seconds.items()]
+    return rows + ratios(what, seconds, baseline, **details)
+
+
+def ratios(what: str, seconds: Mapping[str, Sequence[float]], baseline: str, **details: Any) -> list[Figure]:
+    """The baseline's time over each other's, round by round: how many times as fast they are."""
+    rows: list[Figure] = []
     for name, values in seconds.items():
         if name != baseline:
-            ratios = [b / v for b, v in zip(seconds[baseline], values, strict=True)]
-            rows.append(figure(f"{what}: {name} over {baseline}", "x", ratios, **details))
+            faster = [b / v for b, v in zip(seconds[baseline], values, strict=True)]
+            rows.append(figure(f"{what}: {name} over {baseline}", "x", faster, **details))
     return rows
 
 
@@ -122,4 +135,6 @@ def _cores() -> int:
 
 def _commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    with suppress(FileNotFoundError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return "unknown"
