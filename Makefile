@@ -2,9 +2,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo serve test check format golden evaluate bench gpu tiny lock clean
+.PHONY: help setup demo serve test check format golden evaluate bench wheels gpu gpu-bench tiny lock clean
 help: ## show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 11
 
 setup: $(VENV)/run.stamp ## install what running needs into .venv
 
@@ -45,9 +45,24 @@ evaluate: $(VENV)/run.stamp ## how well the model customizes StickerWorld scenes
 bench: $(VENV)/dev.stamp ## measure; rows go to tests/benchmarks/results
 	$(BIN)/python -m tests.benchmarks
 
-gpu: ## on a machine with CUDA and torch: GPU tests, then benchmarks (PYTHON names the interpreter)
-	$(or $(PYTHON),$(BIN)/python) -m pytest -m gpu tests
-	$(or $(PYTHON),$(BIN)/python) -m tests.benchmarks --device cuda --write-table
+# The lock's part for deploy/gpu.txt, with its hashes, in wheels for Python 3.12 on Linux.
+wheels: $(VENV)/run.stamp ## fetch what a machine with CUDA, Python 3.12 and no network lacks (deploy/gpu.txt)
+	mkdir -p wheels
+	awk 'NR == FNR { split($$1, n, /[=<>]/); wanted[n[1]]; next } /^[a-z]/ { split($$1, n, "=="); on = n[1] in wanted } on' \
+		deploy/gpu.txt requirements-dev.lock > wheels/lock.txt
+	$(BIN)/python -m pip download --quiet --require-hashes --no-deps --only-binary :all: --python-version 3.12 \
+		--implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 --dest wheels -r wheels/lock.txt
+
+GPU = PYTHON=$(or $(PYTHON),$(BIN)/python) deploy/gpu.sh
+gpu: ## on a machine with CUDA: GPU tests, benchmarks, a training; goes on where it was (PYTHON names the interpreter)
+	$(GPU)
+
+gpu-bench: ## its benchmarks alone; also gpu-tests, gpu-train and each one: gpu-step, gpu-training …
+	$(GPU) ops step precision training
+
+gpu-%:
+	$(GPU) $*
 
 tiny: $(VENV)/dev.stamp ## train the shipped model from nothing (hours; can be stopped and repeated)
 	$(BIN)/python -m workers.training.small_model model/tiny
@@ -59,4 +74,4 @@ lock: $(VENV)/run.stamp ## resolve the locks anew
 	$(COMPILE) pyproject.toml --extra dev --extra train -c deploy/torch.txt -c requirements.lock -o requirements-dev.lock
 
 clean: ## remove what was built
-	rm -rf $(VENV) out .state
+	rm -rf $(VENV) out .state .gpu wheels

@@ -7,6 +7,7 @@ picture. An aligned face is uint8 [512, 512, 3] RGB in FFHQ's pose.
 from __future__ import annotations
 
 import threading
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -50,12 +51,21 @@ class Faces(Protocol):
 
 
 class OpenCvFaces:
-    """Faces without weights to download: OpenCV's bundled Haar cascades, and GrabCut around the head."""
+    """Faces without weights to download: OpenCV's bundled Haar cascades, and GrabCut around the head.
+
+    Cascades are loaded for the first face: OpenCV 5 has none, and is good for all else.
+    """
 
     def __init__(self) -> None:
-        self._face = _cascade("haarcascade_frontalface_alt2.xml")
-        self._eye = _cascade("haarcascade_eye.xml")
         self._busy = threading.Lock()  # a cascade keeps scratch memory
+
+    @cached_property
+    def _face(self) -> cv2.CascadeClassifier:
+        return _cascade("haarcascade_frontalface_alt2.xml")
+
+    @cached_property
+    def _eye(self) -> cv2.CascadeClassifier:
+        return _cascade("haarcascade_eye.xml")
 
     def landmarks(self, pixels: Pixels) -> Landmarks | None:
         """Landmarks of the face nearest the centre, by its eyes; where they are not found, by its box."""

@@ -216,7 +216,7 @@ def _normalised(maps: Tensor, wanted: Tensor, normalise: Normalise) -> Tensor:
         case "sigmoid":
             return maps.sigmoid()
         case "minmax":
-            low, high = maps.aminmax(dim=-1, keepdim=True)
+            low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
             return (maps - low) / (high - low).clamp_min(1e-6)
         case "softmax":
             return maps.softmax(-1) * wanted.sum(-1, keepdim=True)
