@@ -1,12 +1,15 @@
 """A loaded model as the worker drives it: preprocess → encode → start → step … → decode.
 
-Each phase takes and returns frozen values, so the engine may run them wherever and with whomever it likes.
+Each phase takes and returns frozen values, so the engine may run them wherever and with whomever it likes. The first
+two are made of parts that depend on one prompt or one reference alone, which a worker may keep:
+prepare_reference → encode_reference, encode_prompt → assemble.
 """
 
 from __future__ import annotations
 
 import logging
 import platform
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -56,7 +59,10 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True)
 class PreparedReference:
-    """A reference as the VAE takes it: uint8 [h, w, 3], both sides multiples of the cell."""
+    """A reference as the VAE takes it: uint8 [h, w, 3], both sides multiples of the cell.
+
+    Only `slot` follows from where it stands; the rest is the same wherever the picture is sent.
+    """
 
     slot: int
     role: Role
@@ -75,7 +81,7 @@ class EncodedReference:
 
 @dataclass(frozen=True, slots=True)
 class EncodedRequest:
-    """A request after both encoders; `start` draws an image's noise from it."""
+    """A request after both encoders; `start` draws an image's noise from it and reads no pixels of `request`."""
 
     request: ImageRequest
     prompt: PromptEmbeds
@@ -84,7 +90,11 @@ class EncodedRequest:
 
 
 class Pipeline:
-    """The model of one worker. Stateless between calls: everything about a request is in the values passed."""
+    """The model of one worker. Stateless between calls: everything about a request is in the values passed.
+
+    Attributes:
+        key: of this pipeline alone, never given again. What one of them has encoded is of no use to another.
+    """
 
     def __init__(
         self,
@@ -99,6 +109,7 @@ class Pipeline:
             compile: whether its blocks are compiled; `auto`: they run as they are if that fails.
             compiler: backend of `torch.compile`.
         """
+        self.key = uuid.uuid4().hex
         self.model = model
         self.tools = tools
         self._network = ready(model.transformer)
@@ -125,30 +136,46 @@ class Pipeline:
             "transformers": version("transformers"),
         }
 
+    @property
+    def preparation(self) -> str:
+        """By what references are prepared: tools, cell and the side of an identity reference."""
+        tools = f"{type(self.tools.cutout).__name__} {type(self.tools.faces).__name__}"
+        return f"{tools} {self.model.codec.cell} {self.spec.identity_resolution}"
+
     def preprocess(self, request: ImageRequest) -> tuple[PreparedReference, ...]:
-        """Cut out, align and resize the references by their roles.
+        """Prepare the references of a request.
 
         Raises:
             UnusableReferenceError: naming the slot.
         """
-        return tuple(
-            PreparedReference(
-                reference.slot,
-                reference.role,
-                prepare_reference(reference, self.model.codec.cell, self.spec.identity_resolution, self.tools),
-            )
-            for reference in request.references
-        )
+        return tuple(self.prepare_reference(reference) for reference in request.references)
+
+    def prepare_reference(self, reference: Reference) -> PreparedReference:
+        """Cut out, align and resize one reference by its role. Nobody may write into its pixels.
+
+        Raises:
+            UnusableReferenceError: naming the slot.
+        """
+        pixels = prepare_reference(reference, self.model.codec.cell, self.spec.identity_resolution, self.tools)
+        pixels.setflags(write=False)
+        return PreparedReference(reference.slot, reference.role, pixels)
 
     def encode(self, request: ImageRequest, prepared: Sequence[PreparedReference]) -> EncodedRequest:
         """Run the text encoders and the VAE encoder; the negative prompt only if true CFG will use it."""
-        uses_negative = request.true_cfg_scale > 1 and request.true_cfg_end > request.true_cfg_start
-        return EncodedRequest(
-            request=request,
-            prompt=self.model.text.encode(request.prompt),
-            negative=self.model.text.encode(request.negative_prompt) if uses_negative else None,
-            references=tuple(self.encode_reference(reference) for reference in prepared),
+        return self.assemble(
+            request,
+            self.encode_prompt(request.prompt),
+            self.encode_prompt(request.negative_prompt) if self.needs_negative(request) else None,
+            tuple(self.encode_reference(reference) for reference in prepared),
         )
+
+    def needs_negative(self, request: ImageRequest) -> bool:
+        """Whether true CFG runs at any step, so that the negative prompt is read."""
+        return request.true_cfg_scale > 1 and request.true_cfg_end > request.true_cfg_start
+
+    def encode_prompt(self, prompt: str) -> PromptEmbeds:
+        """Features of a prompt from both text encoders, on the model's device."""
+        return self.model.text.encode(prompt)
 
     def encode_reference(self, reference: PreparedReference) -> EncodedReference:
         """The VAE posterior of one prepared reference."""
@@ -159,6 +186,21 @@ class Pipeline:
             self.model.codec.moments(torch.from_numpy(to_tensor_range(reference.pixels))),
             self.model.codec.grid(height, width),
         )
+
+    def assemble(
+        self,
+        request: ImageRequest,
+        prompt: PromptEmbeds,
+        negative: PromptEmbeds | None,
+        references: Sequence[EncodedReference],
+    ) -> EncodedRequest:
+        """The encoded parts of a request together.
+
+        Args:
+            negative: of the negative prompt; None unless the request `needs_negative`.
+            references: in the request's order.
+        """
+        return EncodedRequest(request, prompt, negative, tuple(references))
 
     def start(self, encoded: EncodedRequest, seed: int, draws: Draws | None = None) -> Denoising:
         """One image of a request before its first step.
@@ -199,6 +241,21 @@ class Pipeline:
         if moved and moved[0].latents.is_cuda:
             torch.cuda.synchronize(moved[0].latents.device)
         return moved
+
+    def num_tokens(self, run: Denoising) -> int:
+        """Of a run's part of a forward: text, target and references, and those of true CFG's branch if it ever runs."""
+        parts = [(run.condition, True), (run.negative, run.negative is not None)]
+        return sum(
+            len(condition.text) + rows * columns + sum(len(reference.tokens) for reference in condition.references)
+            for condition, there in parts
+            if there and condition is not None
+            for rows, columns in [condition.target_grid]
+        )
+
+    def release_memory(self) -> None:
+        """Give back what torch keeps for later, after a want of memory."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def decode(self, run: Denoising) -> NDArray[np.uint8]:
         """The picture of a finished run: uint8 [H, W, 3]."""

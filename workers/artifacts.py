@@ -67,6 +67,21 @@ class ArtifactStore:
             raise _missing()
         return _read(self._references / key[:2] / key, key)
 
+    def require(self, key: str) -> None:
+        """Make sure that something is stored behind a sha256, without reading it.
+
+        Raises:
+            ArtifactError: `artifact_missing`, `storage_unavailable`.
+        """
+        if not _KEY.fullmatch(key):
+            raise _missing()
+        try:
+            (self._references / key[:2] / key).stat()
+        except FileNotFoundError:
+            raise _missing() from None
+        except OSError as error:
+            raise _unavailable(error) from error
+
     def publish(self, name: str, data: bytes) -> str:
         """Store a finished picture as `<job id>.<token>.<n>.<extension>` and return its sha256.
 

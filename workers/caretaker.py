@@ -1,4 +1,4 @@
-"""The thread beside the model: keeps the worker's card and lease fresh and brings back what others have lost.
+"""The thread beside the model: keeps the worker's card and leases fresh and brings back what others have lost.
 
 It has a Redis client of its own, so neither a long forward nor a blocked pop keeps it from its round.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ _SWEEP_S = 600.0
 
 @dataclass(slots=True)
 class Claim:
-    """The job in hand. `moved_at`: monotonic second of its last progress."""
+    """A job in hand. `moved_at`: monotonic second of its last progress."""
 
     job_id: str
     token: int
@@ -38,7 +38,7 @@ class Caretaker(threading.Thread):
     Args:
         client: of its own. ledger: on that client.
         card: what to announce, asked anew each time.
-        claim: the job in hand, if any.
+        claims: the jobs in hand.
         stall_s: a claim without progress for so long is no longer kept alive.
         sweep: clears what expired jobs have left; called every ten minutes.
     """
@@ -51,7 +51,7 @@ class Caretaker(threading.Thread):
         name: str,
         *,
         card: Callable[[], dict[str, Any]],
-        claim: Callable[[], Claim | None],
+        claims: Callable[[], Sequence[Claim]],
         stall_s: float,
         sweep: Callable[[], object],
     ) -> None:
@@ -61,7 +61,7 @@ class Caretaker(threading.Thread):
         self.ledger = ledger
         self.worker = name
         self.card = card
-        self.claim = claim
+        self.claims = claims
         self.stall_s = stall_s
         self.sweep = sweep
         self._halted = threading.Event()
@@ -81,11 +81,11 @@ class Caretaker(threading.Thread):
             self._halted.wait(self.ledger.lease_s / 5)
 
     def round(self) -> None:
-        """Announce, renew one's own lease first, then look for what others have lost."""
+        """Announce, renew one's own leases first, then look for what others have lost."""
         self.announce()
-        claim = self.claim()
-        if claim is not None and time.monotonic() - claim.moved_at < self.stall_s:
-            self.ledger.beat(claim.job_id, claim.token)
+        for claim in self.claims():
+            if time.monotonic() - claim.moved_at < self.stall_s:
+                self.ledger.beat(claim.job_id, claim.token)
         for job_id in self.ledger.reap():
             _LOG.warning("lease lapsed, job queued again", job_id=job_id)
             queues.ring_again(self.client, self.kind, job_id)

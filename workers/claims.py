@@ -74,29 +74,37 @@ class ClaimedJob(Generic[JobT, ProgressT, ResultT]):
         Raises:
             redis.exceptions.RedisError: Redis was away for longer than the patience.
         """
-        job_id, token, ledger = self.claim.job_id, self.claim.token, self.ledger
         try:
             result = work()
         except StoppedError as stopped:
-            return self._stop(stopped.reason)
+            return self.stop(stopped.reason)
         except Exception as error:  # noqa: BLE001 - the outermost task shell: nothing may pass it unrecorded
-            reason = explain(error)
-            _LOG.warning("job failed", job_id=job_id, code=reason.code, exception=type(error).__name__)
-            return "failed" if self._insist(lambda: ledger.fail(job_id, token, reason)) else "lost"
-        return "succeeded" if self._insist(lambda: ledger.commit(job_id, token, result)) else "lost"
+            return self.fail(error, explain)
+        return self.succeed(result)
 
-    def _stop(self, reason: Stop) -> End:
+    def succeed(self, result: ResultT) -> End:
+        """Commit; results and errors of the three ways to end are those of `end`."""
+        return self._insist(lambda: self.ledger.commit(self.claim.job_id, self.claim.token, result), "succeeded")
+
+    def fail(self, error: Exception, explain: Callable[[Exception], JobError]) -> End:
+        """Record a failure, whose own words stay here."""
+        reason = explain(error)
+        _LOG.warning("job failed", job_id=self.claim.job_id, code=reason.code, exception=type(error).__name__)
+        return self._insist(lambda: self.ledger.fail(self.claim.job_id, self.claim.token, reason), "failed")
+
+    def stop(self, reason: Stop) -> End:
+        """End early: acknowledge a cancel, or hand the job back."""
         if reason == "lost":
             return "lost"
         write = self.ledger.release_canceled if reason == "canceled" else self.ledger.hand_back
-        return reason if self._insist(lambda: write(self.claim.job_id, self.claim.token)) else "lost"
+        return self._insist(lambda: write(self.claim.job_id, self.claim.token), reason)
 
-    def _insist(self, write: Callable[[], bool]) -> bool:
+    def _insist(self, write: Callable[[], bool], end: End) -> End:
         """Write for as long as the patience lasts; the ledger's scripts bear repetition."""
         deadline = time.monotonic() + self.patience_s
         while True:
             try:
-                return write()
+                return end if write() else "lost"
             except RedisError:
                 if time.monotonic() > deadline:
                     raise

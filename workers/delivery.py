@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import redis
 import structlog
@@ -28,12 +28,20 @@ _WORKER_TTL_S = 16
 """RQ blocks for this less 15 seconds in a pop."""
 
 
+class Room(Protocol):
+    """Says whether another delivery can be taken. `broken`: never again."""
+
+    @property
+    def broken(self) -> bool: ...
+    def wait_for_room(self, timeout_s: float) -> bool: ...
+
+
 class DeliveryWorker(SimpleWorker):
     """Pops deliveries and calls them in this process until `stop` is set."""
 
     max_connection_wait_time = 1.0
 
-    def __init__(self, client: redis.Redis, kind: AnyKind, name: str, stop: threading.Event) -> None:
+    def __init__(self, client: redis.Redis, kind: AnyKind, name: str, stop: threading.Event, room: Room) -> None:
         super().__init__(
             [queues.queue(client, kind)],
             name=name,
@@ -45,6 +53,7 @@ class DeliveryWorker(SimpleWorker):
         )
         self._kind = kind
         self._stop = stop
+        self._room = room
         self._popped = False
 
     def execute_job(self, job: Job, queue: Queue) -> None:  # noqa: ARG002 - RQ's signature
@@ -67,14 +76,18 @@ class DeliveryWorker(SimpleWorker):
         self.set_state(WorkerStatus.IDLE)
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        """RQ calls this before each pop and at each try to reach Redis, so here a stop is seen.
+        """RQ calls this before each pop and at each try to reach Redis, so a stop is seen here and a full worker waits.
 
         Raises:
             StopRequested: RQ's own way out of its loop.
         """
-        if self._stop.is_set() and not self._popped:
-            raise StopRequested
         super().heartbeat(timeout, pipeline)
+        while not self._popped:
+            if self._stop.is_set() or self._room.broken:
+                raise StopRequested
+            if self._room.wait_for_room(_WORKER_TTL_S / 8):
+                return
+            super().heartbeat(timeout)
 
     def reorder_queues(self, reference_queue: Queue) -> None:  # noqa: ARG002 - RQ's signature
         """RQ calls this right after a pop: what has been popped is not to be dropped on a stop."""

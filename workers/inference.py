@@ -1,8 +1,9 @@
-"""The inference worker process: loads the model once, then runs one customize job after the other.
+"""The inference worker process: loads the model once, then runs customize jobs, many at once.
 
     python -m workers.inference [--burst]
 
-Exit codes: 0 stopped by SIGTERM or SIGINT, or with `--burst` all done; 2 configuration or weights do not fit.
+Exit codes: 0 stopped by SIGTERM or SIGINT, or with `--burst` all done; 2 configuration or weights do not fit; 3 the
+device is lost, and a new process may do better.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from workers.artifacts import ArtifactStore
 from workers.jobs import CUSTOMIZE
 from workers.ledger import Ledger
 from workers.logs import configure_logging
-from workers.process import ConfigurationError, Station, WorkerProcess, find_url, refuse, run_delivered
+from workers.process import (
+    BrokenRunnerError,
+    ConfigurationError,
+    Station,
+    WorkerProcess,
+    find_url,
+    refuse,
+    run_delivered,
+)
 from workers.runner import HotPipeline, JobRunner
 from workers.settings import WorkerSettings, describe_bad_settings
 
@@ -76,6 +85,8 @@ def run_worker(settings: WorkerSettings, load: Load = load_pipeline, *, burst: b
         return refuse(str(error))
     except WeightsError as error:
         return refuse(f"the model cannot be loaded ({error.code}): {error.message}")
+    except BrokenRunnerError:
+        return 3
     return 0
 
 

@@ -20,6 +20,9 @@ from pydantic import TypeAdapter
 
 from model.roles import Role
 
+Outcome = Literal["hit", "miss"]
+"""Whether something was kept from before or had to be computed."""
+
 
 class Identified(Protocol):
     """Any kind of job."""
@@ -82,7 +85,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class CustomizeJob:
-    """One accepted request, complete: the worker needs nothing else but the artifacts it names."""
+    """One accepted request, complete: the worker needs nothing else but the artifacts it names.
+
+    Attributes:
+        tenant: whose job it is; what a worker keeps of it serves that tenant alone.
+    """
 
     id: str
     model: str
@@ -93,6 +100,7 @@ class CustomizeJob:
     num_images: int = 1
     output_format: Literal["png", "jpeg", "webp"] = "png"
     metadata: dict[str, str] = field(default_factory=dict[str, str])
+    tenant: str = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +136,15 @@ class ImageArtifact:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What a worker commits: pictures and seconds by phase (`preprocess_s`, `encode_s`, `denoise_s`, `decode_s`)."""
+    """What a worker commits: pictures and seconds by phase (`preprocess_s`, `encode_s`, `denoise_s`, `decode_s`).
+
+    Attributes:
+        cache: what of the request the worker had kept: `prompt`, `negative` (if it was read), `reference_<slot>`.
+    """
 
     images: tuple[ImageArtifact, ...]
     timings: dict[str, float]
+    cache: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
@@ -38,18 +38,36 @@ class ConfigurationError(Exception):
     """The environment does not say what a worker needs; the message names the remedy and holds no secret."""
 
 
+class BrokenRunnerError(Exception):
+    """The runner's device is lost: another process has to go on."""
+
+
 class Runner(Protocol):
-    """Runs claimed jobs of one kind, one at a time. `claim` is the one in hand."""
+    """Runs claimed jobs of one kind. `claims` are those in hand; `broken`: it cannot go on in this process."""
 
     @property
-    def claim(self) -> Claim | None: ...
+    def claims(self) -> Sequence[Claim]: ...
+    @property
+    def broken(self) -> bool: ...
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Whether another job may be delivered, now or within this time."""
+        ...
 
     def run(self, job_id: str) -> None:
-        """Claim a job and bring it to an end, or nothing if it cannot be claimed."""
+        """Claim a job and bring it to an end, now or later; nothing if it cannot be claimed."""
+        ...
+
+    def wait(self) -> object:
+        """Until no job is in hand."""
         ...
 
     def stop(self) -> None:
         """The process is asked to leave; called once, from a signal handler."""
+        ...
+
+    def close(self) -> None:
+        """The process leaves: end what has begun, hand back the rest."""
         ...
 
 
@@ -109,7 +127,7 @@ class WorkerProcess:
             self.station.open_ledger(client),
             self.name,
             card=lambda: {**self.card, "state": self.state()},
-            claim=lambda: self.runner.claim if self.runner else None,
+            claims=lambda: self.runner.claims if self.runner else (),
             stall_s=self.station.stall_s,
             sweep=self.station.sweep,
         )
@@ -120,7 +138,10 @@ class WorkerProcess:
             self.runner = runner
             _RUNNER.set(runner)
             _LOG.info("ready", **self.card)
-            self._serve(caretaker, burst=burst)
+            self._serve(caretaker, runner, burst=burst)
+            runner.close()
+            if runner.broken:
+                raise BrokenRunnerError
         finally:
             caretaker.halt()
 
@@ -130,20 +151,21 @@ class WorkerProcess:
             return "stopping"
         if self.runner is None:
             return "loading"
-        return "busy" if self.runner.claim is not None else "ready"
+        return "busy" if self.runner.claims else "ready"
 
-    def _serve(self, caretaker: Caretaker, *, burst: bool) -> None:
+    def _serve(self, caretaker: Caretaker, runner: Runner, *, burst: bool) -> None:
         """Let RQ's loop run; when it gives up because Redis is away, wait and begin anew, the runner hot."""
         life = 0
-        while not self.stop.is_set():
+        while not (self.stop.is_set() or runner.broken):
             life += 1
             try:
                 caretaker.announce()
                 # A new name each time: RQ refuses one whose last life could not be signed off.
                 client = queues.connect(self.station.url)
-                worker = DeliveryWorker(client, self.station.kind, f"{self.name}.{life}", self.stop)
+                worker = DeliveryWorker(client, self.station.kind, f"{self.name}.{life}", self.stop, runner)
                 worker.work(burst=burst)
                 if burst:
+                    runner.wait()
                     return
             except (RedisError, StopRequested) as error:
                 _LOG.warning("queue loop interrupted", exception=type(error).__name__)

@@ -18,38 +18,20 @@ from workers.pictures import PictureLimits
 
 if TYPE_CHECKING:
     from model.pipeline import ImageRequest
+    from model.preprocess import Reference
 
 Pixels = NDArray[np.uint8]
 
 
-def compose_request(job: CustomizeJob, store: ArtifactStore, spec: ModelSpec, limits: PictureLimits) -> ImageRequest:
-    """Read and decode the references of a job.
-
-    Raises:
-        ArtifactError: a reference is missing, corrupt or cannot be read.
-        PictureError: a reference does not decode.
-    """
+def request_of(job: CustomizeJob, references: tuple[Reference, ...] = ()) -> ImageRequest:
+    """What a job asks for, with these references; without any, what it asks for besides them."""
     from model.pipeline import ImageRequest  # noqa: PLC0415 - torch, in a process that has loaded it already
-    from model.preprocess import Reference  # noqa: PLC0415
 
-    references: list[Reference] = []
-    for wanted in job.references:
-        pixels, mask = read_reference(wanted, store, limits)
-        references.append(
-            Reference(
-                slot=wanted.slot,
-                role=wanted.role,
-                pixels=pixels,
-                mask=mask,
-                resolution=wanted.resolution or int(spec.reference_resolution.default),
-                on_no_face=wanted.on_no_face,
-            )
-        )
     sampling = job.sampling
     return ImageRequest(
         prompt=job.prompt,
         negative_prompt=job.negative_prompt,
-        references=tuple(references),
+        references=references,
         height=sampling.height,
         width=sampling.width,
         num_inference_steps=sampling.num_inference_steps,
@@ -60,6 +42,33 @@ def compose_request(job: CustomizeJob, store: ArtifactStore, spec: ModelSpec, li
         true_cfg_end=sampling.true_cfg_end,
         negative_guidance=sampling.negative_guidance,
     )
+
+
+def decoded_reference(
+    wanted: ReferenceInput, store: ArtifactStore, spec: ModelSpec, limits: PictureLimits
+) -> Reference:
+    """Read and decode one reference.
+
+    Raises:
+        ArtifactError: it is missing, corrupt or cannot be read.
+        PictureError: it does not decode.
+    """
+    from model.preprocess import Reference  # noqa: PLC0415 - as above
+
+    pixels, mask = read_reference(wanted, store, limits)
+    return Reference(
+        slot=wanted.slot,
+        role=wanted.role,
+        pixels=pixels,
+        mask=mask,
+        resolution=resolution_of(wanted, spec),
+        on_no_face=wanted.on_no_face,
+    )
+
+
+def resolution_of(wanted: ReferenceInput, spec: ModelSpec) -> int:
+    """The resolution a reference is prepared at: its own, or the model's default."""
+    return wanted.resolution or int(spec.reference_resolution.default)
 
 
 def read_reference(wanted: ReferenceInput, store: ArtifactStore, limits: PictureLimits) -> tuple[Pixels, Pixels | None]:

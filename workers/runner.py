@@ -1,158 +1,308 @@
-"""One customize job from claim to commit; `claims` is the shell around everything that it can make go wrong.
+"""Customize jobs from claim to commit, many at once, on one hot pipeline.
 
-    claim ─▶ read, decode, preprocess ─▶ encode ─▶ per image: start, step × N, decode, publish ─▶ commit
-                                       each step: `beat` = progress out, cancellation in
+    RQ's thread   delivery ─▶ claim
+    `prepare`     read, preprocess, encode ─▶ one run an image
+    `engine`      forward after forward, each over the runs that the planner chooses ─▶ runs that have ended
+    `finish`      decode, encode, publish ─▶ commit after a job's last image
+    `scribe`      beats: progress out, cancellation in
 
-Running is at-least-once, its effect exactly-once: all that leaves this file carries the claim's token.
+Running is at-least-once, its effect exactly-once: all that leaves this file carries the claim's token. A job is ended
+by whoever takes its end first (`Work.take_end`): the last image, a failure, a cancel, or the process that leaves.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
+from redis.exceptions import RedisError
 
 from model.errors import ModelError
-from model.spec import ModelSpec
-from workers import pictures
+from workers import pictures, queues
 from workers.artifacts import ArtifactError, ArtifactStore
+from workers.caches import MIB, Caches
 from workers.caretaker import Claim
-from workers.claims import ClaimedJob, End, StoppedError, run_claimed
-from workers.jobs import CustomizeJob, ImageArtifact, JobError, JobResult, Progress
+from workers.claims import ClaimedJob, End, Stop, StoppedError
+from workers.engine import BrokenDeviceError, Engine, Forward, is_out_of_memory
+from workers.jobs import CUSTOMIZE, ImageArtifact, JobError
 from workers.ledger import CustomizeLedger, DamagedRecordError
 from workers.pictures import PictureError, PictureLimits
-from workers.requests import compose_request
+from workers.planner import Budget, Seat
+from workers.preparation import Encoder, prepare
+from workers.scribe import Scribe
 from workers.settings import WorkerSettings
+from workers.works import Work
 
 if TYPE_CHECKING:
-    from model.pipeline import ImageRequest
+    from model.pipeline import EncodedRequest
 
 SEEDS = 2**64
+_LOG = structlog.stdlib.get_logger("workers.runner")
+_HEARD_S = 0.05
+"""The engine waits so long for its beats to be heard. A Redis that answers is faster; one that is away costs this."""
 
 
-class HotPipeline(Protocol):
+class HotPipeline(Encoder, Protocol):
     """`model.pipeline.Pipeline` as a worker drives it. What passes between its phases is its own affair."""
 
-    @property
-    def spec(self) -> ModelSpec: ...
     def describe(self) -> dict[str, str | int]: ...
     def warm(self) -> None: ...
-    def preprocess(self, request: ImageRequest) -> Any: ...
-    def encode(self, request: ImageRequest, prepared: Any) -> Any: ...
-    def start(self, encoded: Any, seed: int) -> Any: ...
+    def start(self, encoded: EncodedRequest, seed: int) -> Any: ...
+    def num_tokens(self, run: Any) -> int: ...
     def step(self, runs: Sequence[Any]) -> Sequence[Any]: ...
+    def release_memory(self) -> None: ...
     def decode(self, run: Any) -> NDArray[np.uint8]: ...
 
 
-@dataclass(slots=True)
 class JobRunner:
-    """Runs claimed jobs on one hot pipeline, one at a time. `claim` is the one in hand."""
+    """Brings claimed jobs to their ends. Its threads live from `open` to `close`."""
 
-    pipeline: HotPipeline
-    ledger: CustomizeLedger
-    store: ArtifactStore
-    settings: WorkerSettings
-    worker: str
-    claim: Claim | None = None
+    def __init__(
+        self,
+        pipeline: HotPipeline,
+        ledger: CustomizeLedger,
+        store: ArtifactStore,
+        settings: WorkerSettings,
+        worker: str,
+    ) -> None:
+        self.pipeline = pipeline
+        self.ledger = ledger
+        self.store = store
+        self.settings = settings
+        self.worker = worker
+        self.caches = Caches(*[settings.cache_mib * MIB] * 3)
+        self.broken = False
+        """The device is lost: the process is to end."""
+        budget = Budget(settings.forward_tokens, settings.forward_runs, settings.interactive_share)
+        self._engine = Engine(pipeline, budget)
+        self._works: dict[str, Work] = {}
+        self._ready: deque[tuple[Work, int, Any]] = deque()
+        self._changed = threading.Condition()
+        self._leaving = self._closed = False
+        self._preparing = ThreadPoolExecutor(1, "prepare")
+        self._finishing = ThreadPoolExecutor(1, "finish")
+        self._scribe = Scribe(self._stop_later)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._scribe.start()
+        self._thread.start()
+
+    # For the process.
+
+    @property
+    def claims(self) -> list[Claim]:
+        """The jobs in hand."""
+        return [work.claimed.claim for work in list(self._works.values())]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another job may be claimed."""
+        return not (self._leaving or self.broken) and len(self._works) < self.settings.jobs_in_hand
 
     def run(self, job_id: str) -> None:
-        """Claim a job and bring it to an end.
+        """Claim a job and begin with it; a refused claim means that there is nothing to do.
 
         Raises:
-            redis.exceptions.RedisError: Redis was away for longer than a finished job may wait. The lease
-                lapses and the job is run again.
+            redis.exceptions.RedisError: Redis is away.
         """
-        patience_s = self.settings.commit_patience_s
-        run_claimed(self, job_id, patience_s, lambda claimed: _Attempt(self, claimed).run())
+        token = self.ledger.claim(job_id, self.worker)
+        if token is None:
+            _LOG.info("delivery of a job that is not queued", job_id=job_id)
+            return
+        claimed = ClaimedJob(self.ledger, Claim(job_id, token, time.monotonic()), self.settings.commit_patience_s)
+        work = Work(claimed, self._scribe)
+        with self._changed:
+            self._works[job_id] = work
+        self._preparing.submit(self._guarded, work, self._prepare)
 
     def stop(self) -> None:
-        """The running job is finished first."""
+        """No job is claimed any more. For a signal handler: it takes no lock."""
+        self._leaving = True
 
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Whether another job may be claimed, now or within this time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.has_room, timeout_s)
 
-@dataclass(slots=True)
-class _Attempt:
-    """One claim's walk: what it has published and how long its phases took."""
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Until no job is in hand; False if that takes longer, or the device breaks."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._works or self.broken, timeout_s)
+            return not self._works
 
-    runner: JobRunner
-    claimed: ClaimedJob[CustomizeJob, Progress, JobResult]
-    published: list[ImageArtifact] = field(default_factory=list[ImageArtifact])
-    timings: dict[str, float] = field(default_factory=dict[str, float])
+    def close(self) -> None:
+        """End what has begun within the grace, hand the rest back, end the threads."""
+        self._leaving = True
+        if not self.broken:
+            for work in [work for work in list(self._works.values()) if not work.begun]:
+                self._end_early(work, "leaving")
+            if not self.wait(self.settings.grace_s):
+                for work in list(self._works.values()):
+                    self._end_early(work, "leaving")
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for pool in (self._preparing, self._finishing):
+            pool.shutdown(wait=not self.broken, cancel_futures=True)
+        self._thread.join()
+        self._scribe.halt()
 
-    def run(self) -> End:
-        """Make the pictures and write the end into the ledger; only a job that succeeds keeps its pictures."""
-        end = self.claimed.end(self._make, job_error)
-        if end != "succeeded":
-            for image in self.published:
-                self.runner.store.discard(image.name)
-        return end
+    # In the thread `prepare`.
 
-    def _make(self) -> JobResult:
-        job, pipeline = self.claimed.read(), self.runner.pipeline
-        total = job.sampling.num_inference_steps * job.num_images
-        self._beat(Progress("load", 0, total))
-        request = self._timed("preprocess_s", lambda: self._compose(job))
-        self._beat(Progress("preprocess", 0, total))
-        prepared = self._timed("preprocess_s", lambda: pipeline.preprocess(request))
-        self._beat(Progress("encode", 0, total))
-        encoded = self._timed("encode_s", lambda: pipeline.encode(request, prepared))
+    def _prepare(self, work: Work) -> None:
+        job = work.claimed.read()
+        work.accept(job)
+        prepared = prepare(job, self.pipeline, self.store, self.caches, PictureLimits(), work.tell_phase)
+        work.timings |= prepared.timings
+        work.cache |= prepared.used
+        work.tell_phase("denoise")
+        self._scribe.settle(_HEARD_S)
+        work.check()
         for number in range(job.num_images):
-            self._image(job, encoded, number, total)
-        return JobResult(
-            images=tuple(self.published),
-            timings={name: round(seconds, 4) for name, seconds in self.timings.items()},
+            run = self.pipeline.start(prepared.encoded, (job.sampling.seed + number) % SEEDS)
+            with self._changed:
+                self._ready.append((work, number, run))
+                self._changed.notify_all()
+
+    # In the thread `engine`.
+
+    def _run(self) -> None:
+        while self._wait_for_runs():
+            try:
+                forward = self._engine.forward()
+            except BrokenDeviceError as error:
+                _LOG.critical("the device is lost: this worker ends", exception=str(error))
+                with self._changed:
+                    self.broken = True
+                    self._changed.notify_all()
+                return
+            self._account(forward)
+            self._scribe.settle(_HEARD_S)
+
+    def _wait_for_runs(self) -> bool:
+        """Let in what is ready and drop what has ended; False when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or len(self._engine) or self._closed)
+            ready, self._ready = list(self._ready), deque()
+            closed = self._closed
+        for work, number, run in ready:
+            if not work.ended:
+                self._engine.add(self._seat(work, number, run), run)
+        for key in self._engine.running():
+            work = self._works.get(job_of(key))
+            if work is None or work.ended:
+                self._engine.drop(key)
+            elif work.stopped is not None:
+                self._end_early(work, work.stopped)
+                self._engine.drop(key)
+        return not closed
+
+    def _seat(self, work: Work, number: int, run: Any) -> Seat:
+        return Seat(
+            key=f"{work.job.id}/{number}",
+            tokens=self.pipeline.num_tokens(run),
+            steps=run.num_steps - run.step,
+            waiting_since=time.monotonic(),
+            tenant=work.job.tenant,
         )
 
-    def _compose(self, job: CustomizeJob) -> ImageRequest:
-        return compose_request(job, self.runner.store, self.runner.pipeline.spec, PictureLimits())
+    def _account(self, forward: Forward) -> None:
+        """Progress, images that have all their steps, and failures."""
+        now = time.monotonic()
+        for claim in self.claims:
+            claim.moved_at = now  # Who waits for a turn is as alive as who has it.
+        moved = Counter(job_of(key) for key in forward.moved)
+        for job_id, steps in moved.items():
+            if (work := self._works.get(job_id)) is not None and not work.ended:
+                work.step(steps, forward.seconds)
+        for key, run in forward.moved.items():
+            work = self._works.get(job_of(key))
+            if run.done and work is not None:
+                self._finishing.submit(self._guarded, work, partial(self._finish, key=key, run=run))
+        for key, error in forward.failed.items():
+            work = self._works.get(job_of(key))
+            if work is not None:
+                self._fail(work, error)
 
-    def _image(self, job: CustomizeJob, encoded: Any, number: int, total: int) -> None:
-        """Denoise, decode and publish picture `number` of the job."""
-        pipeline, seed = self.runner.pipeline, (job.sampling.seed + number) % SEEDS
-        done = job.sampling.num_inference_steps * number
-        run = self._timed("denoise_s", lambda: pipeline.start(encoded, seed))
-        self._beat(Progress("denoise", done, total))
-        while not run.done:
-            (run,) = self._timed("denoise_s", lambda current=run: pipeline.step([current]))
-            done += 1
-            self._beat(Progress("denoise", done, total))
-        self._beat(Progress("decode", done, total))
-        pixels = self._timed("decode_s", lambda: pipeline.decode(run))
-        data = self._timed("decode_s", lambda: pictures.encode(pixels, job.output_format))
-        name = f"{job.id}.{self.claimed.claim.token}.{number}.{job.output_format}"
+    # In the thread `finish`.
+
+    def _finish(self, work: Work, key: str, run: Any) -> None:
+        """Decode and publish an image, and commit after the last one."""
+        job, number = work.job, int(key.rpartition("/")[2])
+        if work.denoised:
+            work.tell_phase("decode")
+        began = time.perf_counter()
+        pixels = self.pipeline.decode(run)
+        data = pictures.encode(pixels, job.output_format)
+        name = f"{job.id}.{work.claimed.claim.token}.{number}.{job.output_format}"
         height, width, _ = pixels.shape
-        self.published.append(
-            ImageArtifact(
-                name=name,
-                sha256=self.runner.store.publish(name, data),
-                media_type=pictures.media_type(job.output_format),
-                width=width,
-                height=height,
-                size=len(data),
-                seed=seed,
-            )
+        work.images[number] = ImageArtifact(
+            name=name,
+            sha256=self.store.publish(name, data),
+            media_type=pictures.media_type(job.output_format),
+            width=width,
+            height=height,
+            size=len(data),
+            seed=(job.sampling.seed + number) % SEEDS,
         )
+        work.spend("decode_s", time.perf_counter() - began)
+        if len(work.images) == job.num_images:
+            self._scribe.settle(_HEARD_S)
+            work.check()
+            self._end(work, lambda: work.claimed.succeed(work.result()))
 
-    def _beat(self, progress: Progress) -> None:
-        """Tell the ledger.
+    # Ends, in any thread.
 
-        Raises:
-            StoppedError: canceled or lost.
-        """
-        self.claimed.claim.moved_at = time.monotonic()
-        answer = self.claimed.beat(progress)
-        if answer != "ok":
-            raise StoppedError(answer)
-
-    def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
+    def _guarded(self, work: Work, act: Callable[[Work], None]) -> None:
+        """The outermost shell of what the pools do for a job: nothing may pass it unrecorded."""
         try:
-            return work()
-        finally:
-            self.timings[phase] = self.timings.get(phase, 0.0) + time.perf_counter() - started
+            if not work.ended:
+                act(work)
+        except StoppedError as stopped:
+            self._end_early(work, stopped.reason)
+        except Exception as error:  # noqa: BLE001
+            self._fail(work, error)
+
+    def _fail(self, work: Work, error: Exception) -> None:
+        self._end(work, lambda: work.claimed.fail(error, job_error))
+
+    def _end_early(self, work: Work, reason: Stop) -> None:
+        end = self._end(work, lambda: work.claimed.stop(reason))
+        if end == "leaving":
+            queues.ring_again(self.ledger.redis, CUSTOMIZE, work.claimed.claim.job_id)
+
+    def _stop_later(self, job_id: str, reason: Stop) -> None:
+        """The scribe has heard that a job is not to go on: the engine ends it before the next forward."""
+        work = self._works.get(job_id)
+        if work is not None:
+            work.stopped = reason
+
+    def _end(self, work: Work, write: Callable[[], End]) -> End | None:
+        """End a job once; only one that succeeds keeps its pictures. None if it had ended or could not be written."""
+        if not work.take_end():
+            return None
+        end: End | None = None
+        job_id = work.claimed.claim.job_id
+        try:
+            end = write()
+        except RedisError as error:  # The lease lapses, and the job is run again.
+            _LOG.warning("redis was away for too long", job_id=job_id, exception=type(error).__name__)
+        if end != "succeeded":
+            for image in work.images.values():
+                self.store.discard(image.name)
+        with self._changed:
+            self._works.pop(job_id, None)
+            self._changed.notify_all()
+        if end is not None:
+            _LOG.info("job ended", job_id=job_id, state=end, seconds=work.seconds())
+        return end
 
 
 def job_error(error: Exception) -> JobError:
@@ -166,7 +316,7 @@ def job_error(error: Exception) -> JobError:
             return JobError(error.code, error.message)
         case DamagedRecordError():
             return JobError("internal", "The job's record is damaged: submit it again.")
-        case _ if _is_out_of_memory(error):
+        case _ if is_out_of_memory(error):
             return JobError(
                 "out_of_memory",
                 "The worker ran out of memory: try again, or ask for a smaller size or fewer references.",
@@ -176,9 +326,6 @@ def job_error(error: Exception) -> JobError:
             return JobError("internal", f"The worker failed with {type(error).__name__}.")
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch.OutOfMemoryError and its relatives are RuntimeErrors that say so."""
-    if isinstance(error, MemoryError):
-        return True
-    text = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return "out of memory" in text or "can't allocate memory" in text or "cublas_status_alloc_failed" in text
+def job_of(key: str) -> str:
+    """The job of a seat's key."""
+    return key.rpartition("/")[0]

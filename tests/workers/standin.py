@@ -26,6 +26,7 @@ from workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from model.pipeline import ImageRequest
+    from model.preprocess import Reference
 
 LOADS = "loads"
 FAULTS: dict[str, Callable[[], Exception]] = {
@@ -57,6 +58,7 @@ class StandinPipeline:
         self.on_step = on_step
         self.requests: list[Any] = []
         self.warmed = False
+        self.released = False
 
     @property
     def spec(self) -> ModelSpec:
@@ -70,19 +72,45 @@ class StandinPipeline:
         import_module("model.pipeline")
         self.warmed = True
 
-    def preprocess(self, request: ImageRequest) -> Any:
-        self.requests.append(request)
-        for word in request.prompt.split():
+    @property
+    def key(self) -> str:
+        return "standin"
+
+    @property
+    def preparation(self) -> str:
+        return "none"
+
+    def needs_negative(self, request: ImageRequest) -> bool:
+        return request.true_cfg_scale > 1
+
+    def prepare_reference(self, reference: Reference) -> Any:
+        return reference
+
+    def encode_prompt(self, prompt: str) -> Any:
+        for word in prompt.split():
             if word in FAULTS:
                 raise FAULTS[word]()
-        return request.references
+        return prompt.encode()
 
-    def encode(self, request: ImageRequest, prepared: Any) -> Any:
-        assert prepared is request.references
-        return request
+    def encode_reference(self, reference: Any) -> Any:
+        return reference
+
+    def assemble(self, request: ImageRequest, prompt: Any, negative: Any, references: Sequence[Any]) -> Any:
+        """The request with its references, which `requests` collects."""
+        assert prompt == request.prompt.encode()
+        assert negative == (request.negative_prompt.encode() if self.needs_negative(request) else None)
+        whole = replace(request, references=tuple(references))
+        self.requests.append(whole)
+        return whole
 
     def start(self, encoded: Any, seed: int) -> Any:
         return Run(encoded, seed, encoded.num_inference_steps)
+
+    def num_tokens(self, run: Any) -> int:
+        return 64 + run.request.height * run.request.width // 64
+
+    def release_memory(self) -> None:
+        self.released = True
 
     def step(self, runs: Sequence[Any]) -> Sequence[Any]:
         for run in runs:

@@ -22,7 +22,7 @@ def caretaker_of(client: redis.Redis, claim: Claim | None) -> Caretaker:
         ledger,
         "w",
         card=lambda: {"state": "ready"},
-        claim=lambda: claim,
+        claims=lambda: [claim] if claim else [],
         stall_s=600.0,
         sweep=lambda: None,
     )

@@ -6,6 +6,7 @@ import json
 import pickle
 import threading
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,18 @@ class PlainWorker(SimpleWorker):
         """Leave pytest's alone."""
 
 
+@dataclass
+class Room:
+    """Room for so many deliveries more."""
+
+    left: int = 1000
+    broken: bool = False
+
+    def wait_for_room(self, timeout_s: float) -> bool:  # noqa: ARG002
+        self.left -= 1
+        return self.left >= 0
+
+
 def waiting(client: redis.Redis) -> list[str]:
     return queues.queue(client, CUSTOMIZE).get_job_ids()
 
@@ -38,7 +51,7 @@ def forge(client: redis.Redis, job_id: str, data: bytes, **fields: str) -> None:
 
 def serve(client: redis.Redis) -> DeliveryWorker:
     """Work off what is in the queue."""
-    worker = DeliveryWorker(client, CUSTOMIZE, "w", threading.Event())
+    worker = DeliveryWorker(client, CUSTOMIZE, "w", threading.Event(), Room())
     worker.work(burst=True)
     return worker
 
@@ -160,7 +173,7 @@ def test_popped_delivery_is_handed_back_on_a_stop(client: redis.Redis) -> None:
     queues.ring(client, CUSTOMIZE, "job_1")
     queues.ring(client, CUSTOMIZE, "job_2")
     stop = threading.Event()
-    worker = DeliveryWorker(client, CUSTOMIZE, "w", stop)
+    worker = DeliveryWorker(client, CUSTOMIZE, "w", stop, Room())
     popped = worker.dequeue_job_and_maintain_ttl(1)
     assert popped is not None
     stop.set()
@@ -170,6 +183,22 @@ def test_popped_delivery_is_handed_back_on_a_stop(client: redis.Redis) -> None:
     assert client.llen("rq:queue:customize:intermediate") == 0
     with pytest.raises(StopRequested):
         worker.heartbeat()
+
+
+def test_a_full_worker_pops_nothing(client: redis.Redis) -> None:
+    """Without room a delivery stays in the queue, for others; a stop or a lost device ends the wait."""
+    queues.ring(client, CUSTOMIZE, "job_1")
+    stop = threading.Event()
+    room = Room(left=0)
+    worker = DeliveryWorker(client, CUSTOMIZE, "w", stop, room)
+    threading.Timer(0.2, stop.set).start()
+    with pytest.raises(StopRequested):
+        worker.dequeue_job_and_maintain_ttl(1)
+    assert room.left < -1, "it has asked again"
+    assert waiting(client) == ["job_1"]
+    broken = DeliveryWorker(client, CUSTOMIZE, "w2", threading.Event(), Room(left=0, broken=True))
+    with pytest.raises(StopRequested):
+        broken.heartbeat()
 
 
 def test_function_is_checked_again_when_it_is_looked_up(client: redis.Redis) -> None:

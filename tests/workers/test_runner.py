@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,20 +26,37 @@ from workers.redis_process import start_redis
 from workers.runner import JobRunner
 from workers.settings import WorkerSettings
 
+Make = Callable[..., JobRunner]
+
 
 @pytest.fixture
-def runner(client: redis.Redis, store: ArtifactStore) -> JobRunner:
-    settings = WorkerSettings(commit_patience_s=5.0)
-    return JobRunner(StandinPipeline(), Ledger(client, CUSTOMIZE), store, settings, "w")
+def make_runner(client: redis.Redis, store: ArtifactStore) -> Iterator[Make]:
+    """Runners on this pipeline; they are closed at the end."""
+    made: list[JobRunner] = []
+
+    def make(pipeline: StandinPipeline | None = None, **changes: Any) -> JobRunner:
+        settings = WorkerSettings(**{"commit_patience_s": 5.0, "grace_s": 0.0, **changes})
+        made.append(JobRunner(pipeline or StandinPipeline(), Ledger(client, CUSTOMIZE), store, settings, "w"))
+        return made[-1]
+
+    yield make
+    for runner in made:
+        runner.close()
+
+
+@pytest.fixture
+def runner(make_runner: Make) -> JobRunner:
+    return make_runner()
 
 
 def run(runner: JobRunner, job: CustomizeJob) -> CustomizeRecord:
-    """Accept, run, and look."""
+    """Accept, run to the end, and look."""
     runner.ledger.accept(job)
     runner.run(job.id)
+    assert runner.wait(60)
     record = runner.ledger.get(job.id)
     assert record is not None
-    assert runner.claim is None
+    assert runner.claims == []
     return record
 
 
@@ -72,8 +90,8 @@ def test_pictures_are_those_of_the_pipeline(runner: JobRunner, make_job: MakeJob
     assert (record.progress.phase, record.progress.step, record.progress.total) == ("decode", 12, 12)
 
 
-def test_progress_is_published_at_each_step(runner: JobRunner, make_job: MakeJob) -> None:
-    """A watcher sees the count of finished steps grow by one, over all images, during the run."""
+def test_progress_is_published_at_each_step(make_runner: Make, make_job: MakeJob) -> None:
+    """A watcher sees the count of finished steps grow by that of each forward, over all images, during the run."""
     seen: list[tuple[str, int, int]] = []
 
     def look(_: Run) -> None:
@@ -81,17 +99,19 @@ def test_progress_is_published_at_each_step(runner: JobRunner, make_job: MakeJob
         assert record is not None and record.progress is not None
         seen.append((record.progress.phase, record.progress.step, record.progress.total))
 
-    runner.pipeline = StandinPipeline(look)
+    runner = make_runner(StandinPipeline(look), forward_runs=1)
     run(runner, make_job("job_1", num_images=2, steps=3))
-    assert [(phase, total) for phase, _, total in seen] == [("denoise", 6)] * 2 * 3
     assert [step for _, step, _ in seen] == [0, 1, 2, 3, 4, 5]
+    assert [(phase, total) for phase, _, total in seen] == [("denoise", 6)] * 6
 
 
-def test_references_reach_the_pipeline_decoded(runner: JobRunner, make_job: MakeJob) -> None:
+def test_references_reach_the_pipeline_decoded(make_runner: Make, make_job: MakeJob) -> None:
     """Slots stay; alpha becomes a mask only if it says something; a given mask goes first; sizes have defaults."""
     rgb = np.random.default_rng(1).integers(0, 256, (8, 6, 3), dtype=np.uint8)
     alpha = np.arange(48, dtype=np.uint8).reshape(8, 6)
     mask = 255 - alpha
+    pipeline = StandinPipeline()
+    runner = make_runner(pipeline)
     put = runner.store.put
     clear, solid = put(png(np.dstack([rgb, alpha]))), put(png(np.dstack([rgb, np.full_like(alpha, 255)])))
     references = (
@@ -101,8 +121,6 @@ def test_references_reach_the_pipeline_decoded(runner: JobRunner, make_job: Make
         ReferenceInput(5, Role.SUBJECT, clear, mask=put(png(mask))),
         ReferenceInput(9, Role.IDENTITY, solid, resolution=768, on_no_face="subject"),
     )
-    pipeline = StandinPipeline()
-    runner.pipeline = pipeline
     record = run(runner, make_job("job_1", references=references, negative_prompt="blurry"))
     assert record.status is JobStatus.SUCCEEDED, record.error
     (request,) = pipeline.requests
@@ -166,6 +184,7 @@ def test_damaged_record_fails_alone(runner: JobRunner, client: redis.Redis, make
     runner.ledger.accept(make_job("job_1"))
     client.hset(f"{CUSTOMIZE.root}job:job_1", "job", "{}")
     runner.run("job_1")
+    assert runner.wait(60)
     assert client.hget(f"{CUSTOMIZE.root}job:job_1", "status") == b"failed"
     assert run(runner, make_job("job_2")).status is JobStatus.SUCCEEDED
 
@@ -182,19 +201,21 @@ def at_step(step: int, act: Callable[[], object]) -> StandinPipeline:
     return StandinPipeline(on_step)
 
 
-def test_cancel_stops_at_the_next_step(runner: JobRunner, make_job: MakeJob) -> None:
+def test_cancel_stops_at_the_next_step(make_runner: Make, client: redis.Redis, make_job: MakeJob) -> None:
     """The step in which the wish arrives is the last; pictures made before it are removed."""
     steps: list[int] = []
-    runner.pipeline = StandinPipeline(
-        lambda run: (steps.append(run.step), len(steps) == 5 and runner.ledger.cancel("job_1"))[0]
-    )
+    ledger = Ledger(client, CUSTOMIZE)
+    pipeline = StandinPipeline(lambda run: (steps.append(run.step), len(steps) == 5 and ledger.cancel("job_1"))[0])
+    runner = make_runner(pipeline, forward_runs=1)
     record = run(runner, make_job("job_1", num_images=3, steps=3))
     assert record.status is JobStatus.CANCELED
     assert steps == [0, 1, 2, 0, 1], "the first picture, and two steps of the second"
     assert stored(runner.store) == set()
 
 
-def test_a_lost_job_is_left_alone(runner: JobRunner, client: redis.Redis, make_job: MakeJob) -> None:
+def test_a_lost_job_is_left_alone(
+    make_runner: Make, client: redis.Redis, store: ArtifactStore, make_job: MakeJob
+) -> None:
     """Once another worker has the job, this one stops, writes nothing and takes its own pictures away."""
 
     def lose() -> None:
@@ -202,19 +223,20 @@ def test_a_lost_job_is_left_alone(runner: JobRunner, client: redis.Redis, make_j
         assert runner.ledger.reap() == ["job_1"]
         assert runner.ledger.claim("job_1", "other") == 2
 
-    runner.pipeline = at_step(1, lose)
+    runner = make_runner(at_step(1, lose))
     runner.ledger.accept(make_job("job_1", num_images=2))
-    runner.store.publish("job_1.2.0.png", b"the other worker's")
+    store.publish("job_1.2.0.png", b"the other worker's")
     runner.run("job_1")
+    assert runner.wait(60)
     record = runner.ledger.get("job_1")
     assert record is not None and (record.status, record.attempt) == (JobStatus.RUNNING, 2)
-    assert stored(runner.store) == {"job_1.2.0.png"}
+    assert stored(store) == {"job_1.2.0.png"}
 
 
-def test_refused_claim_is_a_no_op(runner: JobRunner, make_job: MakeJob) -> None:
+def test_refused_claim_is_a_no_op(make_runner: Make, make_job: MakeJob) -> None:
     """A delivery that comes twice, late or for nothing runs nothing."""
     pipeline = StandinPipeline()
-    runner.pipeline = pipeline
+    runner = make_runner(pipeline)
     runner.run("job_unknown")
     first = run(runner, make_job("job_1"))
     runner.run("job_1")
@@ -225,36 +247,49 @@ def test_refused_claim_is_a_no_op(runner: JobRunner, make_job: MakeJob) -> None:
 def test_redis_away_in_the_middle_loses_no_picture(tmp_path: Path, make_job: MakeJob) -> None:
     """Redis dies after the first step and is back a while after the last: the commit has waited, once is enough."""
     process = start_redis(tmp_path / "state")
-    client = queues.connect(process.url)
-    back: list[threading.Thread] = []
+    away, stepped = threading.Event(), threading.Event()
 
-    def outage() -> None:
-        process.stop()
-        back.append(threading.Timer(0.5, lambda: restarted.append(start_redis(tmp_path / "state"))))
-        back[0].start()
+    def outage(run: Run) -> None:
+        if run.step == 1:
+            process.stop()
+            away.set()
+        if run.step == 2:
+            stepped.set()
 
-    restarted = [process]
-    settings = WorkerSettings(commit_patience_s=20.0)
+    settings = WorkerSettings(commit_patience_s=60.0, grace_s=0.0)
     store = ArtifactStore(tmp_path / "artifacts")
-    runner = JobRunner(at_step(1, outage), Ledger(client, CUSTOMIZE, lease_s=60.0), store, settings, "w")
+    ledger = Ledger(queues.connect(process.url), CUSTOMIZE, lease_s=60.0)
+    runner = JobRunner(StandinPipeline(outage), ledger, store, settings, "w")
+    ledger.accept(make_job("job_1", steps=3))
+    runner.run("job_1")
+    assert away.wait(60) and stepped.wait(60), "it goes on without Redis"
+    process = start_redis(tmp_path / "state")  # by this thread, with which it would end
     try:
-        record = run(runner, make_job("job_1", steps=2))
+        assert runner.wait(60)
+        record = ledger.get("job_1")
+        assert record is not None and record.result is not None
         assert (record.status, record.attempt) == (JobStatus.SUCCEEDED, 1)
-        assert record.result is not None
         assert stored(store) == {record.result.images[0].name}
     finally:
-        back[0].join()
-        restarted[-1].stop()
+        runner.close()
+        process.stop()
 
 
 def test_redis_away_for_too_long(tmp_path: Path, make_job: MakeJob) -> None:
-    """Patience ends: the error gets out, for the worker to begin anew when Redis is back."""
+    """Patience ends: the job is let go of, for its lease to lapse, and the worker goes on when Redis is back."""
     process = start_redis(tmp_path / "state")
     client = queues.connect(process.url)
     store = ArtifactStore(tmp_path / "artifacts")
-    settings = WorkerSettings(commit_patience_s=0.0)
+    settings = WorkerSettings(commit_patience_s=0.0, grace_s=0.0)
     runner = JobRunner(at_step(1, process.stop), Ledger(client, CUSTOMIZE), store, settings, "w")
     runner.ledger.accept(make_job("job_1"))
-    with pytest.raises(redis.RedisError):
+    with structlog.testing.capture_logs() as logs:
         runner.run("job_1")
-    assert runner.claim is None
+        assert runner.wait(60)
+    assert "redis was away for too long" in {log["event"] for log in logs}
+    process = start_redis(tmp_path / "state")
+    assert run(runner, make_job("job_2")).status is JobStatus.SUCCEEDED
+    record = runner.ledger.get("job_1")
+    assert record is not None and record.status is JobStatus.RUNNING, "until its lease lapses"
+    runner.close()
+    process.stop()

@@ -76,9 +76,29 @@ class TrainingRunner:
         finally:
             gc.collect()  # the trained model goes before the next is loaded
 
+    @property
+    def claims(self) -> list[Claim]:
+        """The training in hand, if any."""
+        return [] if self.claim is None else [self.claim]
+
+    @property
+    def broken(self) -> bool:
+        """A training that fails takes nothing with it."""
+        return False
+
+    def wait_for_room(self, timeout_s: float) -> bool:  # noqa: ARG002
+        """A delivery is taken only after the training before it has ended."""
+        return True
+
+    def wait(self) -> None:
+        """Nothing goes on between deliveries."""
+
     def stop(self) -> None:
         """The step at hand is the last one here."""
         self.leaving = True
+
+    def close(self) -> None:
+        """The training has been handed back already."""
 
 
 @dataclass(slots=True)

@@ -1,0 +1,124 @@
+"""Continuous batching on the shipped model: whoever shares a forward, a picture is the one it would be alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from kernels.packs import Pack, make_pack
+from model.checkpoints import ModelSource
+from model.pipeline import ImageRequest, Pipeline, load_pipeline
+from model.preprocess import Reference
+from model.roles import Role
+from model.sampling import Denoising
+from workers.engine import Engine
+from workers.pictures import encode
+from workers.planner import Budget, Seat
+
+SIDES = (48, 64, 72, 96)
+"""Of targets, in pixels."""
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return load_pipeline(ModelSource())
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A run before its first step, and in which forward it arrives."""
+
+    name: str
+    run: Denoising
+    arrives: int
+
+
+def begun(pipeline: Pipeline, count: int, seed: int) -> list[Begun]:
+    """Random requests: sizes, 0 to 3 references, 3 to 6 steps, some with true CFG, arriving one after the other."""
+    draw, noise = random.Random(seed), np.random.default_rng(seed)
+    made: list[Begun] = []
+    for number in range(count):
+        references = tuple(
+            Reference(slot, Role.STYLE, noise.integers(0, 256, (24, 24, 3), dtype=np.uint8), None, 24, "fail")
+            for slot in draw.sample(range(1, 5), draw.randint(0, 3))
+        )
+        splits = draw.random() < 0.3
+        request = ImageRequest(
+            prompt=f"a red star {number}",
+            negative_prompt="blue" if splits else "",
+            references=references,
+            height=draw.choice(SIDES),
+            width=draw.choice(SIDES),
+            num_inference_steps=draw.randint(3, 6),
+            guidance=draw.uniform(1.5, 4.5),
+            first_step_guidance=2.0,
+            true_cfg_scale=2.0 if splits else 1.0,
+            true_cfg_start=1,
+            true_cfg_end=3,
+        )
+        encoded = pipeline.encode(request, pipeline.preprocess(request))
+        made.append(Begun(str(number), pipeline.start(encoded, seed=number), number // 2))
+    return made
+
+
+def alone(pipeline: Pipeline, one: Begun) -> Denoising:
+    """The run's end without company."""
+    run = one.run
+    while not run.done:
+        (run,) = pipeline.step([run])
+    return run
+
+
+def together(pipeline: Pipeline, runs: Sequence[Begun], budget: Budget) -> tuple[dict[str, Denoising], list[int]]:
+    """Each run's end in continuous batches, and how many shared each forward."""
+    engine = Engine(pipeline, budget)
+    ended: dict[str, Denoising] = {}
+    sizes: list[int] = []
+    waiting = list(runs)
+    while waiting or len(engine):
+        for one in [one for one in waiting if one.arrives <= len(sizes)]:
+            engine.add(Seat(one.name, pipeline.num_tokens(one.run), one.run.num_steps, float(len(sizes))), one.run)
+            waiting.remove(one)
+        forward = engine.forward()
+        assert forward.failed == {}
+        sizes.append(len(forward.moved))
+        ended |= {key: run for key, run in forward.moved.items() if run.done}
+    return ended, sizes
+
+
+def png(pipeline: Pipeline, run: Denoising) -> bytes:
+    pixels: NDArray[np.uint8] = pipeline.decode(run)
+    return encode(pixels, "png")
+
+
+def test_company_changes_no_picture(pipeline: Pipeline) -> None:
+    """Random jobs in continuous batches end with the latents of their solo runs (1e-5) and their PNG, byte for byte."""
+    runs = begun(pipeline, 12, seed=1)
+    ended, sizes = together(pipeline, runs, Budget(tokens=1200, runs=5))
+    assert max(sizes) >= 4 and min(sizes) >= 1, "they did share forwards"
+    for one in runs:
+        solo = alone(pipeline, one)
+        assert (ended[one.name].latents - solo.latents).abs().max() <= 1e-5
+        assert png(pipeline, ended[one.name]) == png(pipeline, solo)
+
+
+def test_a_mix_up_would_be_seen(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: two requests whose boundary in the pack is lost see each other, and the comparison says so."""
+    runs = begun(pipeline, 2, seed=2)
+    solo = [alone(pipeline, one) for one in runs]
+    monkeypatch.setattr("model.transformer.make_pack", merged_pack)
+    fresh = Pipeline(pipeline.model, pipeline.tools)
+    ended, sizes = together(fresh, [replace(one, arrives=0) for one in runs], Budget(tokens=10**6, runs=5))
+    assert max(sizes) == 2
+    assert all((ended[one.name].latents - end.latents).abs().max() > 1e-3 for one, end in zip(runs, solo, strict=True))
+
+
+def merged_pack(boundaries: Sequence[int], device: torch.device) -> Pack:
+    """A pack of one sequence."""
+    return make_pack((boundaries[0], boundaries[-1]), device)

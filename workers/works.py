@@ -1,0 +1,106 @@
+"""A claimed customize job on its way through the worker's threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+from workers.claims import ClaimedJob, Stop, StoppedError
+from workers.jobs import CustomizeJob, ImageArtifact, JobResult, Outcome, Progress
+from workers.scribe import Scribe
+
+
+@dataclass(slots=True)
+class Work:
+    """What is known of a job in hand.
+
+    Attributes:
+        images: published, by number. timings: seconds by phase. cache: what had been kept.
+        stopped: why it is not to go on, once that has been heard.
+        ended: its end is taken; nothing is to be done for it any more.
+    """
+
+    claimed: ClaimedJob[CustomizeJob, Progress, JobResult]
+    scribe: Scribe
+    images: dict[int, ImageArtifact] = field(default_factory=dict[int, ImageArtifact])
+    timings: dict[str, float] = field(default_factory=dict[str, float])
+    cache: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
+    stopped: Stop | None = None
+    ended: bool = False
+    steps: int = 0
+    _job: CustomizeJob | None = None
+    _began: float = field(default_factory=time.monotonic)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def job(self) -> CustomizeJob:
+        """The job itself, once it is read."""
+        return cast("CustomizeJob", self._job)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step has been made, so that ending it costs less than beginning anew."""
+        return self.steps > 0
+
+    @property
+    def denoised(self) -> bool:
+        """Whether all steps of all images have been made."""
+        return self.steps == self._total
+
+    def accept(self, job: CustomizeJob) -> None:
+        """The job has been read."""
+        self._job = job
+
+    def tell_phase(self, phase: Literal["load", "preprocess", "encode", "denoise", "decode"]) -> None:
+        """A phase begins.
+
+        Raises:
+            StoppedError: the job is not to go on.
+        """
+        self.claimed.claim.moved_at = time.monotonic()
+        self.scribe.tell(self.job.id, self.claimed.beat, Progress(phase, self.steps, self._total))
+        self.check()
+
+    def check(self) -> None:
+        """Go on?
+
+        Raises:
+            StoppedError: no, as has been heard.
+        """
+        if self.stopped is not None:
+            raise StoppedError(self.stopped)
+
+    def step(self, steps: int, seconds: float) -> None:
+        """A forward has moved `steps` of its images one step further."""
+        self.steps += steps
+        self.spend("denoise_s", seconds)
+        self.scribe.tell(self.job.id, self.claimed.beat, Progress("denoise", self.steps, self._total))
+
+    def spend(self, phase: str, seconds: float) -> None:
+        """Count time for a phase."""
+        with self._lock:
+            self.timings[phase] = self.timings.get(phase, 0.0) + seconds
+
+    def take_end(self) -> bool:
+        """Whether the caller is the one who ends it."""
+        with self._lock:
+            first, self.ended = not self.ended, True
+        return first
+
+    def result(self) -> JobResult:
+        """What is committed."""
+        return JobResult(
+            images=tuple(image for _, image in sorted(self.images.items())),
+            timings={name: round(seconds, 4) for name, seconds in self.timings.items()},
+            cache=dict(self.cache),
+        )
+
+    def seconds(self) -> float:
+        """Since the claim."""
+        return round(time.monotonic() - self._began, 3)
+
+    @property
+    def _total(self) -> int:
+        return self.job.sampling.num_inference_steps * self.job.num_images
