@@ -70,6 +70,7 @@ class Admission:
             num_images=request.num_images,
             output_format=request.output.format,
             metadata=request.metadata,
+            priority=request.priority,
         )
         return accept(self.ledger, job)
 

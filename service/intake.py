@@ -20,7 +20,6 @@ MAX_SEPARATORS = 100_000
 NOT_ENABLED = {
     "adapter": "Adapters are not enabled on this server: leave the field out.",
     "include": "Extra outputs are not enabled on this server: leave the field out.",
-    "priority": "Priorities are not enabled on this server: leave the field out.",
     "webhook": "Webhooks are not enabled on this server: poll the job instead.",
 }
 """Fields of the contract that this version refuses by name rather than as unknown."""

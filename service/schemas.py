@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from model.roles import Role
-from workers.jobs import JobStatus
+from workers.jobs import JobStatus, Outcome, Priority
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -69,6 +69,9 @@ class CustomizeRequest(InputBody):
     )
     num_images: int = 1
     output: OutputFormatBody = Field(default_factory=OutputFormatBody)
+    priority: Priority = Field(
+        "interactive", description="`batch` leaves most of the device to interactive jobs while there are any."
+    )
     metadata: dict[str, str] = Field(
         default_factory=dict[str, str], description="Returned with the job; at most 16 entries, 2048 bytes."
     )
@@ -114,6 +117,7 @@ class EffectiveRequest(OutputBody):
     seed: int
     num_images: int
     output: OutputView
+    priority: Priority
 
 
 class ProgressView(OutputBody):
@@ -163,6 +167,9 @@ class JobBody(OutputBody):
     images: list[ImageView]
     error: JobErrorView | None
     timings: dict[str, float] = Field(description="Seconds by phase: queued_s, preprocess_s, encode_s, ...")
+    cache: dict[str, Outcome] = Field(
+        description="What the worker had kept from earlier jobs: prompt, negative, reference_<slot>; once succeeded."
+    )
     urls: JobUrls
     metadata: dict[str, str]
 

@@ -29,6 +29,7 @@ def job_body(record: CustomizeRecord, *, position: int | None, ttl_s: float) -> 
         request=_effective(job),
         images=_images(record, url),
         timings=_timings(record),
+        cache=record.result.cache if record.result else {},
     )
 
 
@@ -57,6 +58,7 @@ def _effective(job: CustomizeJob) -> EffectiveRequest:
         ],
         num_images=job.num_images,
         output=OutputView(format=job.output_format),
+        priority=job.priority,
         **asdict(job.sampling),
     )
 

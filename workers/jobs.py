@@ -24,6 +24,9 @@ Outcome = Literal["hit", "miss"]
 """Whether something was kept from before or had to be computed."""
 
 
+Priority = Literal["interactive", "batch"]
+
+
 class Identified(Protocol):
     """Any kind of job."""
 
@@ -89,6 +92,7 @@ class CustomizeJob:
 
     Attributes:
         tenant: whose job it is; what a worker keeps of it serves that tenant alone.
+        priority: somebody waits for it, or nobody; see `planner`.
     """
 
     id: str
@@ -101,6 +105,7 @@ class CustomizeJob:
     output_format: Literal["png", "jpeg", "webp"] = "png"
     metadata: dict[str, str] = field(default_factory=dict[str, str])
     tenant: str = "default"
+    priority: Priority = "interactive"
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,6 +211,7 @@ class JobRunner:
             steps=run.num_steps - run.step,
             waiting_since=time.monotonic(),
             tenant=work.job.tenant,
+            interactive=work.job.priority == "interactive",
         )
 
     def _account(self, forward: Forward) -> None:

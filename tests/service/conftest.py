@@ -76,7 +76,7 @@ class Bench:
         name = f"{job_id}.{token}.0.png"
         digest = self.store.publish(name, data)
         image = ImageArtifact(name, digest, "image/png", 12, 10, len(data), seed)
-        result = JobResult((image,), {"denoise_s": 0.25})
+        result = JobResult((image,), {"denoise_s": 0.25}, {"prompt": "hit"})
         assert self.ledger.commit(job_id, token, result)
         return result
 

@@ -50,7 +50,7 @@ def test_defaults_are_the_models(bench: Bench) -> None:
         "model": "unit", "prompt": "a toy", "negative_prompt": "", "references": [], "width": 72, "height": 64,
         "num_inference_steps": 4, "guidance": 4.5, "first_step_guidance": 4.5, "true_cfg_scale": 1.0,
         "true_cfg_start": 0, "true_cfg_end": 0, "negative_guidance": 3.5, "seed": 5, "num_images": 1,
-        "output": {"format": "png"},
+        "output": {"format": "png"}, "priority": "interactive",
     }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_given_values_reach_the_worker(bench: Bench) -> None:
     asked = {
         "width": 80, "height": 48, "num_inference_steps": 9, "guidance": 2.5, "first_step_guidance": 3.0,
         "true_cfg_scale": 2.0, "true_cfg_start": 1, "true_cfg_end": 5, "negative_guidance": 1.5,
-        "negative_prompt": "blur", "num_images": 3, "output": {"format": "webp"},
+        "negative_prompt": "blur", "num_images": 3, "output": {"format": "webp"}, "priority": "batch",
     }  # fmt: skip
     body = bench.submit(**asked, metadata={"order": "42"})
     assert {name: body["request"][name] for name in asked} == asked
@@ -69,11 +69,8 @@ def test_given_values_reach_the_worker(bench: Bench) -> None:
     sampling = record.job.sampling
     assert (sampling.width, sampling.height, sampling.num_inference_steps) == (80, 48, 9)
     assert (sampling.true_cfg_scale, sampling.true_cfg_start, sampling.true_cfg_end) == (2.0, 1, 5)
-    assert (record.job.num_images, record.job.output_format, record.job.negative_prompt) == (
-        3,
-        "webp",
-        "blur",
-    )
+    job = record.job
+    assert (job.num_images, job.output_format, job.negative_prompt, job.priority) == (3, "webp", "blur", "batch")
 
 
 def test_first_step_guidance_follows_guidance(bench: Bench) -> None:

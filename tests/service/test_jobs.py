@@ -31,6 +31,7 @@ def test_queued_running_succeeded(bench: Bench) -> None:
     assert times == sorted(times)
     assert (times[3] - times[2]).total_seconds() == pytest.approx(bench.ledger.job_ttl_s, abs=0.01)
     assert done["timings"]["denoise_s"] == 0.25
+    assert (running["cache"], done["cache"]) == ({}, {"prompt": "hit"})
     assert done["timings"]["queued_s"] >= 0
     assert done["images"][0]["url"] == f"/v1/jobs/{other}/images/0"
 

@@ -39,7 +39,7 @@ SLIPS: list[tuple[str, dict[str, Any], str]] = [
     ("invalid_value", {"output": {"format": "gif"}}, "/output/format"),
     ("not_enabled", {"adapter": {"name": "x"}}, "/adapter"),
     ("not_enabled", {"webhook": {}}, "/webhook"),
-    ("not_enabled", {"priority": "interactive"}, "/priority"),
+    ("invalid_value", {"priority": "urgent"}, "/priority"),
     ("not_enabled", {"include": []}, "/include"),
     ("not_enabled", _image("https://example.com/mug.jpg"), "/references/0/image"),
     ("not_enabled", _image("ref_3f9c"), "/references/0/image"),

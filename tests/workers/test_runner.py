@@ -15,6 +15,7 @@ import structlog
 from PIL import Image
 
 from model.roles import Role
+from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
 from tests.workers.standin import Run, StandinPipeline, picture
 from workers import queues
@@ -293,3 +294,34 @@ def test_redis_away_for_too_long(tmp_path: Path, make_job: MakeJob) -> None:
     assert record is not None and record.status is JobStatus.RUNNING, "until its lease lapses"
     runner.close()
     process.stop()
+
+
+def test_what_was_kept_is_said(runner: JobRunner, make_job: MakeJob) -> None:
+    """The first job of a kind misses, the next one hits, and a tenant never hits what another's job has left."""
+    picture = runner.store.put(png(np.zeros((8, 8, 3), np.uint8)))
+    references = (ReferenceInput(2, Role.SUBJECT, picture),)
+    outcomes = [
+        record.result and record.result.cache
+        for record in (
+            run(runner, make_job("job_1", references=references)),
+            run(runner, make_job("job_2", references=references, seed=9)),
+            run(runner, make_job("job_3", references=references, tenant="other")),
+        )
+    ]
+    missed, hit = {"prompt": "miss", "reference_2": "miss"}, {"prompt": "hit", "reference_2": "hit"}
+    assert outcomes == [missed, hit, missed]
+
+
+def test_batch_work_leaves_room_for_interactive_work(make_runner: Make, make_job: MakeJob) -> None:
+    """A job that somebody waits for ends before a batch job with less to do that came earlier."""
+    both = threading.Event()
+    runner = make_runner(StandinPipeline(lambda _: both.wait(60)), forward_runs=1)
+    for name, priority, steps in (("job_1", "batch", 8), ("job_2", "batch", 9), ("job_3", "interactive", 12)):
+        runner.ledger.accept(make_job(name, priority=priority, steps=steps))
+        runner.run(name)
+    wait_for(lambda: len(runner.claims) == 3, "all three")
+    both.set()
+    assert runner.wait(60)
+    records = [runner.ledger.get(name) for name in ("job_1", "job_2", "job_3")]
+    ends = [record.finished_at or 0.0 for record in records if record is not None]
+    assert ends[2] < ends[0] and ends[2] < ends[1]
