@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +33,7 @@ from workers.caches import MIB, Caches
 from workers.caretaker import Claim
 from workers.claims import ClaimedJob, End, Stop, StoppedError
 from workers.engine import BrokenDeviceError, Engine, Forward, is_out_of_memory
+from workers.failpoints import reach
 from workers.jobs import CUSTOMIZE, ImageArtifact, JobError
 from workers.ledger import CustomizeLedger, DamagedRecordError
 from workers.pictures import PictureError, PictureLimits
@@ -116,6 +118,7 @@ class JobRunner:
         if token is None:
             _LOG.info("delivery of a job that is not queued", job_id=job_id)
             return
+        reach("claimed")
         claimed = ClaimedJob(self.ledger, Claim(job_id, token, time.monotonic()), self.settings.commit_patience_s)
         work = Work(claimed, self._scribe)
         with self._changed:
@@ -174,17 +177,21 @@ class JobRunner:
     # In the thread `engine`.
 
     def _run(self) -> None:
-        while self._wait_for_runs():
-            try:
-                forward = self._engine.forward()
-            except BrokenDeviceError as error:
-                _LOG.critical("the device is lost: this worker ends", exception=str(error))
-                with self._changed:
-                    self.broken = True
-                    self._changed.notify_all()
-                return
-            self._account(forward)
-            self._scribe.settle(_HEARD_S)
+        try:
+            while self._wait_for_runs():
+                self._account(self._engine.forward())
+                self._scribe.settle(_HEARD_S)
+        except BrokenDeviceError as error:
+            _LOG.critical("the device is lost: this worker ends", exception=str(error))
+            self._break()
+        except Exception as error:  # noqa: BLE001 - without this thread the process would hold jobs for nothing
+            _LOG.critical("the engine has failed: this worker ends", exception=type(error).__name__)
+            self._break()
+
+    def _break(self) -> None:
+        with self._changed:
+            self.broken = True
+            self._changed.notify_all()
 
     def _wait_for_runs(self) -> bool:
         """Let in what is ready and drop what has ended; False when closed."""
@@ -277,7 +284,8 @@ class JobRunner:
     def _end_early(self, work: Work, reason: Stop) -> None:
         end = self._end(work, lambda: work.claimed.stop(reason))
         if end == "leaving":
-            queues.ring_again(self.ledger.redis, CUSTOMIZE, work.claimed.claim.job_id)
+            with suppress(RedisError):  # Another worker's caretaker finds a job that waits without a delivery.
+                queues.ring_again(self.ledger.redis, CUSTOMIZE, work.claimed.claim.job_id)
 
     def _stop_later(self, job_id: str, reason: Stop) -> None:
         """The scribe has heard that a job is not to go on: the engine ends it before the next forward."""

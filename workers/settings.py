@@ -73,7 +73,8 @@ class WorkerSettings(QueueSettings):
         precision: of the blocks' large products; `fp8` and `int8` change pictures a little.
         commit_patience_s: how long a finished picture waits for a Redis that is away.
         stall_s: a job without any progress for so long gives up its lease.
-        jobs_in_hand: jobs that are prepared, denoised or finished here at a time; the rest waits in Redis.
+        jobs_in_hand: jobs that are prepared, denoised or finished here at a time; the rest waits in Redis. With
+            FLUX.1-dev each of their images takes some 40 MB of the device until it is done.
         forward_tokens: that a forward holds, text, target and references; beyond, a larger one is no faster a token.
         forward_runs: pictures in a forward.
         interactive_share: of the device, for interactive jobs while batch jobs wait too.
@@ -92,7 +93,7 @@ class WorkerSettings(QueueSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     commit_patience_s: float = Field(default=60.0, ge=0)
     stall_s: float = Field(default=600.0, gt=0)
-    jobs_in_hand: int = Field(default=32, ge=1)
+    jobs_in_hand: int = Field(default=16, ge=1)
     forward_tokens: int = Field(default=8192, ge=1)
     forward_runs: int = Field(default=16, ge=1)
     interactive_share: float = Field(default=0.8, gt=0, lt=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import redis
 import structlog
 
@@ -93,17 +94,28 @@ class LostDevice(StandinPipeline):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def test_a_lost_device_ends_the_worker_and_not_the_job(
-    client: redis.Redis, store: ArtifactStore, make_job: MakeJob
+class Faulty(StandinPipeline):
+    """An error where none belongs to a job: in the engine's own thread."""
+
+    def num_tokens(self, run: Run) -> int:
+        raise LookupError(run)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "event"),
+    [(LostDevice, "the device is lost: this worker ends"), (Faulty, "the engine has failed: this worker ends")],
+)
+def test_a_broken_engine_ends_the_worker_and_not_the_job(
+    client: redis.Redis, store: ArtifactStore, make_job: MakeJob, pipeline: type[StandinPipeline], event: str
 ) -> None:
     """The runner is broken, takes nothing more and writes nothing: the lease lapses and another worker runs the job."""
     ledger = Ledger(client, CUSTOMIZE, lease_s=0.2)
-    runner = JobRunner(LostDevice(), ledger, store, WorkerSettings(), "w")
+    runner = JobRunner(pipeline(), ledger, store, WorkerSettings(), "w")
     with structlog.testing.capture_logs() as logs:
         hand(runner, make_job, ["job_1"], steps=3)
         assert not runner.wait(60), "the job stays in hand"
     assert runner.broken and not runner.has_room
-    assert "the device is lost: this worker ends" in {log["event"] for log in logs}
+    assert event in {log["event"] for log in logs}
     runner.close()
     record = ledger.get("job_1")
     assert record is not None and record.status is JobStatus.RUNNING
