@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo serve test check format golden evaluate bench wheels gpu gpu-bench tiny lock clean
+.PHONY: help setup demo serve test check format golden evaluate faults bench wheels gpu gpu-bench tiny lock clean
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 11
 
@@ -42,6 +42,9 @@ golden: $(VENV)/dev.stamp ## compare with recordings of the released pipeline
 evaluate: $(VENV)/run.stamp ## how well the model customizes StickerWorld scenes, beside controls
 	$(BIN)/python -m workers.training.evaluate
 
+faults: $(VENV)/dev.stamp ## 10,000 jobs while workers and Redis are killed and stopped, and controls that must be caught (hours)
+	$(BIN)/python -m tests.faults --jobs 10000 --kills 200 --redis-kills 20 --stops 25 --drills 100 --controls 100
+
 bench: $(VENV)/dev.stamp ## measure; rows go to tests/benchmarks/results
 	$(BIN)/python -m tests.benchmarks
 
@@ -71,7 +74,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform
 	--generate-hashes --no-emit-package torch --no-emit-find-links --no-annotate --no-header
 lock: $(VENV)/run.stamp ## resolve the locks anew
 	$(COMPILE) pyproject.toml -c deploy/torch.txt -o requirements.lock
-	$(COMPILE) pyproject.toml --extra dev --extra train -c deploy/torch.txt -c requirements.lock -o requirements-dev.lock
+	$(COMPILE) pyproject.toml --extra dev --extra train --extra plan -c deploy/torch.txt -c requirements.lock -o requirements-dev.lock
 
 clean: ## remove what was built
 	rm -rf $(VENV) out .state .gpu wheels

@@ -28,7 +28,8 @@ from model.network import ready
 from model.noise import Draws, SeededDraws
 from model.packing import Condition, ReferenceTokens
 from model.positions import Grid
-from model.preprocess import Reference, Tools, load_tools, prepare_reference, to_tensor_range
+from model.preprocess import Tools, load_tools, prepare_reference, to_tensor_range
+from model.requests import ImageRequest, Reference
 from model.roles import Role
 from model.sampling import Denoising, Guidance, Sampler
 from model.schedule import sigmas
@@ -37,24 +38,6 @@ from model.text import PromptEmbeds
 from model.vae import pack_latents
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRequest:
-    """What to make, with every default resolved and every picture decoded. Sizes in pixels."""
-
-    prompt: str
-    negative_prompt: str
-    references: tuple[Reference, ...]
-    height: int
-    width: int
-    num_inference_steps: int
-    guidance: float
-    first_step_guidance: float
-    true_cfg_scale: float = 1.0
-    true_cfg_start: int = 0
-    true_cfg_end: int = 0
-    negative_guidance: float = 3.5
 
 
 @dataclass(frozen=True, slots=True)

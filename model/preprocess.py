@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -18,29 +17,11 @@ from PIL import Image
 from model.cutout import Ben2, Cutout, GrabCut, Pixels
 from model.errors import UnusableReferenceError, WeightsError
 from model.faces import FACE_SIDE, Faces, FacexlibFaces, OpenCvFaces, align_face, face_transform
-from model.roles import RULES, Role
+from model.requests import Reference
+from model.roles import RULES
 
 LONGEST_EDGE = 1024
 """A picture is shrunk to this before a face is searched in it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """One occupied slot as the caller sent it, decoded.
-
-    Attributes:
-        slot: 1-based, never compacted.
-        mask: what to keep; goes before cut-out and face parsing. Of the picture's height and width.
-        resolution: side of the square whose area the prepared picture has; an identity reference ignores it.
-        on_no_face: whether an identity reference without a face is refused or treated as a subject.
-    """
-
-    slot: int
-    role: Role
-    pixels: Pixels  # [h, w, 3]
-    mask: Pixels | None  # [h, w]
-    resolution: int
-    on_no_face: Literal["fail", "subject"] = "fail"
 
 
 @dataclass(frozen=True, slots=True)

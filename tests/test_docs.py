@@ -57,7 +57,7 @@ def test_every_file_is_listed() -> None:
     assert listed == {path.stem for path in training.glob("*.py")} - {"__init__", "__main__"} | packages
 
 
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/errors.md", "docs/datasets.md"]
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/errors.md", "docs/datasets.md", "docs/scaling.md"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

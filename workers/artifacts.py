@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+from workers.failpoints import reach
+
 _KEY = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.[0-9]{1,20}\.[0-9]{1,3}\.(png|jpeg|webp)")
 _TEMPORARY: Final = ".part"
@@ -154,6 +156,7 @@ class ArtifactStore:
 
 
 def _write(path: Path, data: bytes) -> None:
+    reach("before_file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=_TEMPORARY)
     try:
@@ -161,10 +164,12 @@ def _write(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        reach("before_rename")
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    reach("renamed")
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -78,7 +78,7 @@ class Caretaker(threading.Thread):
                 if not self._away:
                     _LOG.warning("redis is away", exception=type(error).__name__)
                 self._away = True
-            self._halted.wait(self.ledger.lease_s / 5)
+            self._halted.wait(self.ledger.lease_s / 20)
 
     def round(self) -> None:
         """Announce, renew one's own leases first, then look for what others have lost."""

@@ -10,17 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 import structlog
 from redis.exceptions import RedisError
 
 from workers.caretaker import Claim
+from workers.failpoints import reach
 from workers.jobs import JobError, JobT, ProgressT, ResultT
 from workers.ledger import Beat, Ledger
 
 _LOG = structlog.stdlib.get_logger("workers.claims")
 
+T = TypeVar("T")
 Stop = Literal["canceled", "lost", "leaving"]
 End = Literal["succeeded", "failed", "canceled", "lost", "leaving"]
 
@@ -42,13 +44,14 @@ class ClaimedJob(Generic[JobT, ProgressT, ResultT]):
     patience_s: float
 
     def read(self) -> JobT:
-        """The job itself.
+        """The job itself. A Redis that is away must not end it, so this waits as its end does.
 
         Raises:
             StoppedError: its record is gone.
             DamagedRecordError: what Redis holds is not a record.
+            redis.exceptions.RedisError: Redis was away for longer than the patience.
         """
-        record = self.ledger.get(self.claim.job_id)
+        record = self._patiently(lambda: self.ledger.get(self.claim.job_id))
         if record is None:
             raise StoppedError("lost")
         return record.job
@@ -84,7 +87,10 @@ class ClaimedJob(Generic[JobT, ProgressT, ResultT]):
 
     def succeed(self, result: ResultT) -> End:
         """Commit; results and errors of the three ways to end are those of `end`."""
-        return self._insist(lambda: self.ledger.commit(self.claim.job_id, self.claim.token, result), "succeeded")
+        reach("before_commit")
+        end = self._insist(lambda: self.ledger.commit(self.claim.job_id, self.claim.token, result), "succeeded")
+        reach("committed")
+        return end
 
     def fail(self, error: Exception, explain: Callable[[Exception], JobError]) -> End:
         """Record a failure, whose own words stay here."""
@@ -100,11 +106,15 @@ class ClaimedJob(Generic[JobT, ProgressT, ResultT]):
         return self._insist(lambda: write(self.claim.job_id, self.claim.token), reason)
 
     def _insist(self, write: Callable[[], bool], end: End) -> End:
-        """Write for as long as the patience lasts; the ledger's scripts bear repetition."""
+        """Write an end; the ledger's scripts bear repetition."""
+        return end if self._patiently(write) else "lost"
+
+    def _patiently(self, act: Callable[[], T]) -> T:
+        """Try for as long as the patience lasts."""
         deadline = time.monotonic() + self.patience_s
         while True:
             try:
-                return end if write() else "lost"
+                return act()
             except RedisError:
                 if time.monotonic() > deadline:
                     raise

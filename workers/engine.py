@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from workers.failpoints import reach
 from workers.planner import Account, Budget, Seat, next_forward
 
 _CALM_FORWARDS = 64
@@ -113,6 +114,7 @@ class Engine:
         if not seats:
             return {}, {}
         try:
+            reach("step")
             runs = self.pipeline.step([self._runs[seat.key] for seat in seats])
         except Exception as error:  # whatever a forward raises belongs to its runs, not to the worker
             if is_broken_device(error):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from model.errors import UnusableReferenceError
+from model.requests import ImageRequest, Reference
 from model.roles import Role
 from model.spec import ModelSpec
 from workers.artifacts import ArtifactError, ArtifactStore
@@ -26,8 +27,7 @@ from workers.pictures import PictureLimits
 from workers.requests import decoded_reference, request_of, resolution_of
 
 if TYPE_CHECKING:
-    from model.pipeline import EncodedReference, EncodedRequest, ImageRequest, PreparedReference
-    from model.preprocess import Reference
+    from model.pipeline import EncodedReference, EncodedRequest, PreparedReference
     from model.text import PromptEmbeds
 
 Phase = Literal["load", "preprocess", "encode"]

@@ -1,32 +1,22 @@
-"""From a job and its artifacts to what the pipeline takes: pictures decoded, masks found, defaults filled.
-
-Importing this file needs no torch; calling it does, since the request's types are the model's.
-"""
+"""From a job and its artifacts to what the pipeline takes: pictures decoded, masks found, defaults filled. No torch."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.requests import ImageRequest, Reference
 from model.spec import ModelSpec
 from workers import pictures
 from workers.artifacts import ArtifactStore
 from workers.jobs import CustomizeJob, ReferenceInput
 from workers.pictures import PictureLimits
 
-if TYPE_CHECKING:
-    from model.pipeline import ImageRequest
-    from model.preprocess import Reference
-
 Pixels = NDArray[np.uint8]
 
 
 def request_of(job: CustomizeJob, references: tuple[Reference, ...] = ()) -> ImageRequest:
     """What a job asks for, with these references; without any, what it asks for besides them."""
-    from model.pipeline import ImageRequest  # noqa: PLC0415 - torch, in a process that has loaded it already
-
     sampling = job.sampling
     return ImageRequest(
         prompt=job.prompt,
@@ -53,8 +43,6 @@ def decoded_reference(
         ArtifactError: it is missing, corrupt or cannot be read.
         PictureError: it does not decode.
     """
-    from model.preprocess import Reference  # noqa: PLC0415 - as above
-
     pixels, mask = read_reference(wanted, store, limits)
     return Reference(
         slot=wanted.slot,

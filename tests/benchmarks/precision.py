@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from model.compilation import compiled
 from model.network import fused
-from model.pipeline import ImageRequest, ModelSource, Pipeline, PreparedReference, load_pipeline
+from model.pipeline import ModelSource, Pipeline, PreparedReference, load_pipeline
 from model.precision import Precision, held_bytes, quantized
+from model.requests import ImageRequest
 from model.sampling import Denoising, Sampler
 from model.transformer import EmbeddingTables, Network
 from tests.benchmarks.measure import Figure, compared, figure, interleaved, own_seconds

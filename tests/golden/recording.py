@@ -24,8 +24,9 @@ from model.cutout import alpha_from_map
 from model.faces import align_face, whiten
 from model.noise import ReleasedDraws
 from model.packing import Kind, Layout, lay_out, pack
-from model.pipeline import EncodedReference, EncodedRequest, ImageRequest, Pipeline
+from model.pipeline import EncodedReference, EncodedRequest, Pipeline
 from model.preprocess import area_size, load_tools, on_white, resize_area, resize_long, to_tensor_range
+from model.requests import ImageRequest
 from model.roles import Role
 from model.sampling import Denoising, step_latents
 from model.text import PromptEmbeds

@@ -12,7 +12,6 @@ from model.cutout import GrabCut
 from model.errors import UnusableReferenceError, WeightsError
 from model.faces import Landmarks, OpenCvFaces, align_face
 from model.preprocess import (
-    Reference,
     Tools,
     area_size,
     load_tools,
@@ -22,6 +21,7 @@ from model.preprocess import (
     resize_long,
     to_tensor_range,
 )
+from model.requests import Reference
 from model.roles import Role
 from tests.model.portrait import Portrait, draw_portrait
 from tests.model.preparation import recorded_meta, recorded_tensor

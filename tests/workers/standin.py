@@ -12,21 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import UnusableReferenceError, WeightsError
+from model.requests import ImageRequest, Reference
 from model.spec import ModelSpec, flux_spec
 from workers.inference import run_worker
 from workers.settings import WorkerSettings
-
-if TYPE_CHECKING:
-    from model.pipeline import ImageRequest
-    from model.preprocess import Reference
 
 LOADS = "loads"
 FAULTS: dict[str, Callable[[], Exception]] = {
@@ -58,6 +54,7 @@ class StandinPipeline:
         self.on_step = on_step
         self.requests: list[Any] = []
         self.warmed = False
+        self.starts = 0
         self.released = False
 
     @property
@@ -68,8 +65,6 @@ class StandinPipeline:
         return {"device": "none", "dtype": "uint8"}
 
     def warm(self) -> None:
-        """Loads torch, as a real pipeline has before the first claim: an import later would stall its beats."""
-        import_module("model.pipeline")
         self.warmed = True
 
     @property
@@ -104,6 +99,7 @@ class StandinPipeline:
         return whole
 
     def start(self, encoded: Any, seed: int) -> Any:
+        self.starts += 1
         return Run(encoded, seed, encoded.num_inference_steps)
 
     def num_tokens(self, run: Any) -> int:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from kernels.packs import Pack, make_pack
 from model.checkpoints import ModelSource
-from model.pipeline import ImageRequest, Pipeline, load_pipeline
-from model.preprocess import Reference
+from model.pipeline import Pipeline, load_pipeline
+from model.requests import ImageRequest, Reference
 from model.roles import Role
 from model.sampling import Denoising
 from workers.engine import Engine

@@ -315,11 +315,12 @@ def test_what_was_kept_is_said(runner: JobRunner, make_job: MakeJob) -> None:
 def test_batch_work_leaves_room_for_interactive_work(make_runner: Make, make_job: MakeJob) -> None:
     """A job that somebody waits for ends before a batch job with less to do that came earlier."""
     both = threading.Event()
-    runner = make_runner(StandinPipeline(lambda _: both.wait(60)), forward_runs=1)
+    pipeline = StandinPipeline(lambda _: both.wait(60))
+    runner = make_runner(pipeline, forward_runs=1)
     for name, priority, steps in (("job_1", "batch", 8), ("job_2", "batch", 9), ("job_3", "interactive", 12)):
         runner.ledger.accept(make_job(name, priority=priority, steps=steps))
         runner.run(name)
-    wait_for(lambda: len(runner.claims) == 3, "all three")
+    wait_for(lambda: pipeline.starts == 3, "all three")
     both.set()
     assert runner.wait(60)
     records = [runner.ledger.get(name) for name in ("job_1", "job_2", "job_3")]

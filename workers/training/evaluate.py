@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import track
 
 from model.errors import ModelError
-from model.pipeline import ImageRequest, Pipeline, PreparedReference
+from model.pipeline import Pipeline, PreparedReference
 from model.preprocess import to_tensor_range
+from model.requests import ImageRequest
 from workers.inference import load_pipeline
 from workers.settings import WorkerSettings
 from workers.training.attending import peaks_inside

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from model.checkpoints import LoadedModel, ModelSource, load_model, load_plain
-from model.pipeline import ImageRequest, Pipeline, PreparedReference
+from model.pipeline import Pipeline, PreparedReference
 from model.preprocess import load_tools
+from model.requests import ImageRequest
 from model.roles import Role
 from model.transformer import EmbeddingTables
 from tests.workers.training.squares import Squares

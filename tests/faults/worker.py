@@ -1,0 +1,151 @@
+"""A worker process as in production, around a stand-in pipeline; it notes what the ledger answers.
+
+    python -m tests.faults.worker
+
+`FAULTS_HISTORY` is the file of the history, `FAULTS_VARIANT` one of `VARIANTS`. Failpoints are armed from
+`DREAMSERVE_FAILPOINTS` at start and from lines on standard input. Only this file does that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from tests.faults.history import History
+from tests.workers.standin import StandinPipeline
+from workers import failpoints, ledger_scripts
+from workers.artifacts import ArtifactStore
+from workers.inference import open_station
+from workers.jobs import CUSTOMIZE, CustomizeJob, JobResult, Progress
+from workers.ledger import Ledger
+from workers.logs import configure_logging
+from workers.process import WorkerProcess
+from workers.runner import JobRunner
+from workers.settings import WorkerSettings
+
+STEP_S = 0.001
+_GUARDS = (
+    "if not holds(id, token) then return 0 end\n",
+    "if status == to then return 1 end\n",
+    "if status ~= 'running' then return 0 end\n",
+)
+
+
+class WitnessLedger(Ledger[CustomizeJob, Progress, JobResult]):
+    """The ledger, its claims and commits noted."""
+
+    history: History
+
+    def claim(self, job_id: str, worker: str) -> int | None:
+        token = super().claim(job_id, worker)
+        if token is not None:
+            self.history.note("claim", job=job_id, token=token, pid=os.getpid())
+        return token
+
+    def commit(self, job_id: str, token: int, result: JobResult) -> bool:
+        self.history.note("commit", job=job_id, token=token, pid=os.getpid())
+        taken = super().commit(job_id, token, result)
+        self.history.note("commit", job=job_id, token=token, pid=os.getpid(), taken=taken)
+        return taken
+
+
+class UnfencedLedger(WitnessLedger):
+    """Control: whoever ends a job is believed."""
+
+    def __init__(self, client: redis.Redis, *arguments: Any, **options: Any) -> None:
+        super().__init__(client, *arguments, **options)
+        self._end = client.register_script(unfenced(ledger_scripts.END))
+
+
+class ForgetfulLedger(WitnessLedger):
+    """Control: nobody takes back what a lost worker held."""
+
+    def reap(self) -> list[str]:
+        return []
+
+
+class LateStore(ArtifactStore):
+    """Control: pictures are written once their job is committed."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._late: dict[str, bytes] = {}
+
+    def publish(self, name: str, data: bytes) -> str:
+        self._late[name] = data
+        return hashlib.sha256(data).hexdigest()
+
+    def write_late(self, job_id: str) -> None:
+        for name in [name for name in self._late if name.startswith(f"{job_id}.")]:
+            super().publish(name, self._late.pop(name))
+
+
+class HastyLedger(WitnessLedger):
+    """Control: commits before the picture is there."""
+
+    store: LateStore
+
+    def commit(self, job_id: str, token: int, result: JobResult) -> bool:
+        taken = super().commit(job_id, token, result)
+        self.store.write_late(job_id)
+        return taken
+
+
+VARIANTS: dict[str, type[WitnessLedger]] = {
+    "product": WitnessLedger,
+    "unfenced": UnfencedLedger,
+    "hasty": HastyLedger,
+    "forgetful": ForgetfulLedger,
+}
+
+
+def unfenced(script: str) -> str:
+    """The script without its guards."""
+    for guard in _GUARDS:
+        assert script.count(guard) == 1, "the control no longer fits the script"
+        script = script.replace(guard, "")
+    return script
+
+
+def main() -> None:
+    """Serve until stopped."""
+    settings = WorkerSettings()
+    configure_logging(settings.log_level)
+    kind = VARIANTS[os.environ["FAULTS_VARIANT"]]
+    store = LateStore(settings.artifact_root) if kind is HastyLedger else ArtifactStore(settings.artifact_root)
+    history = History(Path(os.environ["FAULTS_HISTORY"]))
+
+    def open_ledger(client: redis.Redis) -> WitnessLedger:
+        ledger = kind(client, CUSTOMIZE, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s)
+        ledger.history = history
+        if isinstance(ledger, HastyLedger) and isinstance(store, LateStore):
+            ledger.store = store
+        return ledger
+
+    station = replace(open_station(settings), open_ledger=open_ledger)
+
+    def load(name: str) -> tuple[JobRunner, dict[str, str]]:
+        ledger = open_ledger(station.connect())
+        return JobRunner(StandinPipeline(lambda _run: time.sleep(STEP_S)), ledger, store, settings, name), {}
+
+    failpoints.arm(os.environ.get("DREAMSERVE_FAILPOINTS", ""))
+    threading.Thread(target=_listen, args=(failpoints.arm,), daemon=True).start()
+    WorkerProcess(station, {}).run(load, burst=False)
+
+
+def _listen(arm: Callable[[str], None]) -> None:
+    for line in sys.stdin:
+        arm(line.strip())
+
+
+if __name__ == "__main__":
+    main()
