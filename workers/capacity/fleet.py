@@ -12,7 +12,10 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import simpy
+try:
+    import simpy
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("the simulator runs on simpy, which is not installed: pip install '.[plan]'") from error
 
 from workers.capacity.arrivals import Arrival
 from workers.capacity.costs import Costs
