@@ -245,7 +245,9 @@ def test_sigterm_ends_the_running_job_first(crew: Crew, make_job: MakeJob) -> No
     assert record.attempt == 1
     assert crew.record(left).status is JobStatus.QUEUED
     assert queues.queue(crew.client, CUSTOMIZE).get_job_ids() == [left.id]
-    assert crew.cards() == []
+    assert worker.pid not in {card["pid"] for card in crew.cards()}, (
+        "one that was killed before may still have its card"
+    )
 
     crew.ledger.cancel(left.id)
     assert crew.spawn("--burst").wait(60) == 0, "a burst worker ends when nothing is left"
