@@ -40,7 +40,7 @@ golden: $(VENV)/dev.stamp ## compare with recordings of the released pipeline
 	$(BIN)/python -m tests.golden
 
 evaluate: $(VENV)/run.stamp ## how well the model customizes StickerWorld scenes, beside controls
-	$(BIN)/python -m workers.training.evaluate
+	$(BIN)/python -m workers.training.measuring.evaluate
 
 faults: $(VENV)/dev.stamp ## 10,000 jobs while workers and Redis are killed and stopped, and controls that must be caught (hours)
 	$(BIN)/python -m tests.faults --jobs 10000 --kills 200 --redis-kills 20 --stops 25 --drills 100 --controls 100
@@ -68,7 +68,7 @@ gpu-%:
 	$(GPU) $*
 
 tiny: $(VENV)/dev.stamp ## train the shipped model from nothing (hours; can be stopped and repeated)
-	$(BIN)/python -m workers.training.small_model model/tiny
+	$(BIN)/python -m workers.training.tiny.small_model model/tiny
 
 COMPILE := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--generate-hashes --no-emit-package torch --no-emit-find-links --no-annotate --no-header

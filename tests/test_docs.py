@@ -51,10 +51,12 @@ def test_every_file_is_listed() -> None:
         paragraph = text.split(f"**{room}**")[1].split("\n\n")[0]
         listed = set(re.findall(r"`([a-z_]+)`", paragraph)) - {"dreamserve"}
         assert listed == {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}, room
-    training = ROOT / "workers" / "training"
-    listed = set(re.findall(r"`([a-z_]+)`", text.split("**workers/training**")[1].split("\n\n")[0]))
-    packages = {path.parent.name for path in training.glob("*/__init__.py")}
-    assert listed == {path.stem for path in training.glob("*.py")} - {"__init__", "__main__"} | packages
+    for room in ("workers/inference", "workers/training"):
+        paragraph = text.split(f"**{room}**")[1].split("\n\n")[0]
+        files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__", "__main__"}
+        assert set(re.findall(r"`([a-z_0-9]+)`", paragraph)) == files, room
+        packages = {path.parent.name for path in (ROOT / room).glob("*/__init__.py")}
+        assert {package for package in packages if package not in paragraph} == set()
 
 
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/errors.md", "docs/datasets.md", "docs/scaling.md"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import structlog
 from redis.exceptions import RedisError
@@ -119,34 +119,3 @@ class ClaimedJob(Generic[JobT, ProgressT, ResultT]):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
-
-
-class ClaimingRunner(Protocol[JobT, ProgressT, ResultT]):
-    """What claims jobs. `claim` is the one in hand."""
-
-    claim: Claim | None
-
-    @property
-    def ledger(self) -> Ledger[JobT, ProgressT, ResultT]: ...
-    @property
-    def worker(self) -> str: ...
-
-
-def run_claimed(
-    runner: ClaimingRunner[JobT, ProgressT, ResultT],
-    job_id: str,
-    patience_s: float,
-    attempt: Callable[[ClaimedJob[JobT, ProgressT, ResultT]], End],
-) -> None:
-    """Claim a job and let `attempt` bring it to an end; a refused claim means that there is nothing to do."""
-    token = runner.ledger.claim(job_id, runner.worker)
-    if token is None:
-        _LOG.info("delivery of a job that is not queued", job_id=job_id)
-        return
-    started = time.monotonic()
-    runner.claim = Claim(job_id, token, started)
-    try:
-        state = attempt(ClaimedJob(runner.ledger, runner.claim, patience_s))
-    finally:
-        runner.claim = None
-    _LOG.info("job ended", job_id=job_id, state=state, seconds=round(time.monotonic() - started, 3))

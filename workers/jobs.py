@@ -231,7 +231,7 @@ class Kind(Generic[JobT, ProgressT, ResultT]):
 CUSTOMIZE = Kind(
     "dreamserve:",
     "customize",
-    "workers.inference.customize",
+    "workers.inference.worker.customize",
     "dreamserve:workers",
     CustomizeJob,
     Progress,

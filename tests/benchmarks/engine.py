@@ -14,11 +14,11 @@ from model.roles import Role
 from tests.benchmarks.measure import Figure, compared, figure, interleaved
 from workers import pictures, queues
 from workers.artifacts import ArtifactStore
-from workers.inference import load_pipeline
+from workers.inference.runner import JobRunner
+from workers.inference.worker import load_pipeline
 from workers.jobs import CUSTOMIZE, CustomizeJob, JobStatus, ReferenceInput, Sampling
 from workers.ledger import Ledger
 from workers.redis_process import start_redis
-from workers.runner import JobRunner
 from workers.settings import WorkerSettings
 
 JOBS = 8

@@ -24,12 +24,12 @@ from tests.faults.history import History
 from tests.workers.standin import StandinPipeline
 from workers import failpoints, ledger_scripts
 from workers.artifacts import ArtifactStore
-from workers.inference import open_station
+from workers.inference.runner import JobRunner
+from workers.inference.worker import open_station
 from workers.jobs import CUSTOMIZE, CustomizeJob, JobResult, Progress
 from workers.ledger import Ledger
 from workers.logs import configure_logging
 from workers.process import WorkerProcess
-from workers.runner import JobRunner
 from workers.settings import WorkerSettings
 
 STEP_S = 0.001

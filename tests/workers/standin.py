@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from model.errors import UnusableReferenceError, WeightsError
 from model.requests import ImageRequest, Reference
 from model.spec import ModelSpec, flux_spec
-from workers.inference import run_worker
+from workers.inference.worker import run_worker
 from workers.settings import WorkerSettings
 
 LOADS = "loads"

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tests.workers.conftest import MakeJob
 from workers import doctor
 from workers.doctor import check_dreamo, check_model, check_redis, check_state, check_tools, expected_files
-from workers.inference import describe_bad_settings
+from workers.inference.worker import describe_bad_settings
 from workers.redis_process import RedisProcess
 from workers.settings import SHIPPED_MODEL, QueueSettings, WorkerSettings
 

@@ -2,8 +2,8 @@
 
     queue ─▶ intake (while there is room) ─▶ prepare ─▶ forward after forward ─▶ finish
 
-As in `workers.runner`, a worker prepares and finishes one job at a time beside its forwards. Whether the three hold
-each other up is a question of the device: `Device` shares out as many lanes as there are.
+As in `workers.inference.runner`, a worker prepares and finishes one job at a time beside its forwards. Whether the
+three hold each other up is a question of the device: `Device` shares out as many lanes as there are.
 """
 
 from __future__ import annotations

@@ -20,14 +20,14 @@ from workers import pictures, queues
 from workers.artifacts import ArtifactStore
 from workers.capacity.costs import Costs, Layout, Point
 from workers.engine import Engine
-from workers.inference import load_pipeline
+from workers.inference.requests import decoded_reference, request_of
+from workers.inference.runner import JobRunner
+from workers.inference.worker import load_pipeline
 from workers.jobs import CUSTOMIZE, CustomizeJob, JobRecord, JobResult, JobStatus, Progress, ReferenceInput, Sampling
 from workers.ledger import Ledger
 from workers.pictures import PictureLimits
 from workers.planner import Budget, Seat
 from workers.redis_process import start_redis
-from workers.requests import decoded_reference, request_of
-from workers.runner import JobRunner
 from workers.settings import WorkerSettings
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from model.errors import ModelError
 from workers import queues
 from workers.caretaker import Claim
-from workers.claims import ClaimedJob, End, Stop, StoppedError, run_claimed
+from workers.claims import ClaimedJob, End, Stop, StoppedError
 from workers.jobs import TRAINING, JobError, TrainingJob, TrainingProgress, TrainingResult
 from workers.ledger import DamagedRecordError, Ledger, TrainingLedger
 from workers.logs import configure_logging
@@ -66,15 +66,24 @@ class TrainingRunner:
     def run(self, job_id: str) -> None:
         """Claim a training and bring it to an end, or back to the queue if the process is to leave.
 
+        A refused claim means that there is nothing to do.
+
         Raises:
             redis.exceptions.RedisError: Redis was away for longer than a finished training may wait. The lease
                 lapses, and the training goes on from its last checkpoint.
         """
-        patience_s = self.settings.commit_patience_s
+        token = self.ledger.claim(job_id, self.worker)
+        if token is None:
+            _LOG.info("delivery of a training that is not queued", job_id=job_id)
+            return
+        began = time.monotonic()
+        self.claim = Claim(job_id, token, began)
         try:
-            run_claimed(self, job_id, patience_s, lambda claimed: _Attempt(self, claimed).run())
+            end = _Attempt(self, ClaimedJob(self.ledger, self.claim, self.settings.commit_patience_s)).run()
         finally:
+            self.claim = None
             gc.collect()  # the trained model goes before the next is loaded
+        _LOG.info("training ended", job_id=job_id, state=end, seconds=round(time.monotonic() - began, 3))
 
     @property
     def claims(self) -> list[Claim]:

@@ -26,8 +26,8 @@ from model.vae import LatentCodec
 from tests.workers.training.spoiling import Masks, each, first, inverted, moved, reordered, shifted, swapped, turned
 from tests.workers.training.squares import Squares
 from tests.workers.training.test_trainer import fresh_embeddings
-from workers.training.attending import peaks_inside
 from workers.training.batches import Batch, Example, compose
+from workers.training.measuring.attending import peaks_inside
 from workers.training.objective import Objective
 from workers.training.recipes import DataPart, ModelPart, Recipe, Stage, load_recipe
 from workers.training.records import Record

@@ -1,4 +1,4 @@
-"""Trains the small model's text encoders on StickerWorld's grammar: `python -m workers.training.language OUT`.
+"""Trains the small model's text encoders on StickerWorld's grammar: `python -m workers.training.tiny.language OUT`.
 
 FLUX takes its text encoders from elsewhere, trained on the world's text. The small model has the grammar alone, so its
 encoders learn to read that: one layer of attention, asked with a learned query about each place of the picture, has to
@@ -312,4 +312,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m workers.training.language")
+    app(prog_name="python -m workers.training.tiny.language")

@@ -1,6 +1,6 @@
 """How well a model customizes, measured on StickerWorld scenes it has never seen, by metrics with exact truth.
 
-    python -m workers.training.evaluate [--count 400] [--seed 0] [--table two-references]
+    python -m workers.training.measuring.evaluate [--count 400] [--seed 0] [--table two-references]
 
 prints a table per kind of scene: the model, the model with its references withheld, and three controls that say what
 the figures can be: the truth, the truth through the VAE (no model of this VAE can do better), and shuffled truth
@@ -24,9 +24,9 @@ from model.errors import ModelError
 from model.pipeline import Pipeline, PreparedReference
 from model.preprocess import to_tensor_range
 from model.requests import ImageRequest
-from workers.inference import load_pipeline
+from workers.inference.worker import load_pipeline
 from workers.settings import WorkerSettings
-from workers.training.attending import peaks_inside
+from workers.training.measuring.attending import peaks_inside
 from workers.training.oracle.scores import score
 from workers.training.oracle.tables import RESPONSE, Rate, Summary, summarise, table
 from workers.training.records import Pixels

@@ -28,11 +28,11 @@ from tests.workers.conftest import MakeJob
 from tests.workers.standin import StandinPipeline
 from workers import jobs, pictures
 from workers.artifacts import ArtifactError, ArtifactStore
-from workers.caches import Cache, Caches
+from workers.inference.caches import Cache, Caches
+from workers.inference.preparation import Prepared, ReferenceKey, prepare, reference_key
+from workers.inference.requests import decoded_reference, request_of
 from workers.jobs import CustomizeJob, JobResult, ReferenceInput, Sampling
 from workers.pictures import PictureLimits
-from workers.preparation import Prepared, ReferenceKey, prepare, reference_key
-from workers.requests import decoded_reference, request_of
 
 LIMITS = PictureLimits()
 WAIT_S = 20.0

@@ -13,12 +13,12 @@ from model.checkpoints import load_text
 from model.fabricate import Shape
 from model.roles import ADDED_TOKENS
 from model.text import PromptEncoder
-from workers.training.language import ANSWERS, QUESTIONS, LanguagePlan, drafts, named, train_language, truths
 from workers.training.start import spare_rows
 from workers.training.stickerworld.draws import Draws
 from workers.training.stickerworld.layouts import PLACES
 from workers.training.stickerworld.settings import Settings
 from workers.training.stickerworld.tasks import TASKS
+from workers.training.tiny.language import ANSWERS, QUESTIONS, LanguagePlan, drafts, named, train_language, truths
 
 PLAN = LanguagePlan(steps=60, batch=16, tokens=48)
 SHAPE = Shape(text_width=32, pooled_width=32)

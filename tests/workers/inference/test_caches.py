@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.waiting import wait_for
-from workers.caches import Cache, Caches, nbytes_of
+from workers.inference.caches import Cache, Caches, nbytes_of
 from workers.jobs import Outcome
 
 TENANTS = ("ann", "bob")

@@ -21,10 +21,10 @@ from model.requests import ImageRequest, Reference
 from model.roles import Role
 from model.spec import ModelSpec
 from workers.artifacts import ArtifactError, ArtifactStore
-from workers.caches import Caches
+from workers.inference.caches import Caches
+from workers.inference.requests import decoded_reference, request_of, resolution_of
 from workers.jobs import CustomizeJob, Outcome, ReferenceInput
 from workers.pictures import PictureLimits
-from workers.requests import decoded_reference, request_of, resolution_of
 
 if TYPE_CHECKING:
     from model.pipeline import EncodedReference, EncodedRequest, PreparedReference

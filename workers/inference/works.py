@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from workers.claims import ClaimedJob, Stop, StoppedError
+from workers.inference.scribe import Scribe
 from workers.jobs import CustomizeJob, ImageArtifact, JobResult, Outcome, Progress
-from workers.scribe import Scribe
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ device is lost, and a new process may do better.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from model.errors import WeightsError
 from workers.artifacts import ArtifactStore
+from workers.inference.runner import HotPipeline, JobRunner
 from workers.jobs import CUSTOMIZE
 from workers.ledger import Ledger
 from workers.logs import configure_logging
@@ -29,7 +29,6 @@ from workers.process import (
     refuse,
     run_delivered,
 )
-from workers.runner import HotPipeline, JobRunner
 from workers.settings import WorkerSettings, describe_bad_settings
 
 if TYPE_CHECKING:
@@ -124,10 +123,3 @@ def main(arguments: list[str] | None = None) -> int:
     except ValidationError as error:
         return refuse(describe_bad_settings(error))
     return run_worker(settings, burst=burst)
-
-
-if __name__ == "__main__":
-    # RQ imports this module by name to find `customize`: what runs must be that module, not a second copy.
-    from workers.inference import main as _main
-
-    sys.exit(_main())

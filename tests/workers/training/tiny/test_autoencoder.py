@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from workers.training.autoencoder import (
+from workers.training.tiny.autoencoder import (
     AutoencoderPlan,
     fidelity,
     make_autoencoder,

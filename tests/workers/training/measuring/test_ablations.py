@@ -20,13 +20,22 @@ from model.fabricate import Shape, write_model
 from model.pipeline import Pipeline
 from model.preprocess import load_tools
 from model.spec import SPEC_FILE
-from workers.training.ablations import COLUMNS, FLOW, AblationError, Row, app, campaign, comparison, trained_model
-from workers.training.evaluate import TABLES, pictures
+from workers.training.measuring.ablations import (
+    COLUMNS,
+    FLOW,
+    AblationError,
+    Row,
+    app,
+    campaign,
+    comparison,
+    trained_model,
+)
+from workers.training.measuring.evaluate import TABLES, pictures
+from workers.training.measuring.variants import REFERENCE, VARIANTS, planned, varied
 from workers.training.recipes import Recipe, RecipeError, load_recipe
 from workers.training.start import prepare
 from workers.training.stickerworld.scenes import Scene
 from workers.training.stickerworld.world import scene
-from workers.training.variants import REFERENCE, VARIANTS, planned, varied
 
 COUNT, SEEDS = 2, 2
 NAMES = (REFERENCE, "no-quality")

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from model.checkpoints import ModelSource
 from model.pipeline import Pipeline, load_pipeline
-from workers.training.evaluate import TABLES, app, columns, pictures, through_vae
+from workers.training.measuring.evaluate import TABLES, app, columns, pictures, through_vae
 from workers.training.oracle.tables import table
 from workers.training.stickerworld.scenes import Scene
 from workers.training.stickerworld.settings import Settings

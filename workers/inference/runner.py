@@ -29,25 +29,25 @@ from redis.exceptions import RedisError
 from model.errors import ModelError
 from workers import pictures, queues
 from workers.artifacts import ArtifactError, ArtifactStore
-from workers.caches import MIB, Caches
 from workers.caretaker import Claim
 from workers.claims import ClaimedJob, End, Stop, StoppedError
 from workers.engine import BrokenDeviceError, Engine, Forward, is_out_of_memory
 from workers.failpoints import reach
+from workers.inference.caches import MIB, Caches
+from workers.inference.preparation import Encoder, prepare
+from workers.inference.scribe import Scribe
+from workers.inference.works import Work
 from workers.jobs import CUSTOMIZE, ImageArtifact, JobError
 from workers.ledger import CustomizeLedger, DamagedRecordError
 from workers.pictures import PictureError, PictureLimits
 from workers.planner import Budget, Seat
-from workers.preparation import Encoder, prepare
-from workers.scribe import Scribe
 from workers.settings import WorkerSettings
-from workers.works import Work
 
 if TYPE_CHECKING:
     from model.pipeline import EncodedRequest
 
 SEEDS = 2**64
-_LOG = structlog.stdlib.get_logger("workers.runner")
+_LOG = structlog.stdlib.get_logger("workers.inference.runner")
 _HEARD_S = 0.05
 """The engine waits so long for its beats to be heard. A Redis that answers is faster; one that is away costs this."""
 

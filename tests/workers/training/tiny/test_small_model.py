@@ -11,10 +11,10 @@ from model.checkpoints import ModelSource, load_model
 from model.spec import load_spec
 from tests.model.requests import sample
 from tests.model.test_transformer import ours
-from workers.training.autoencoder import AutoencoderPlan
-from workers.training.language import LanguagePlan
 from workers.training.recipes import Recipe
-from workers.training.small_model import SHAPE, assemble, still_transformer, train, write_start
+from workers.training.tiny.autoencoder import AutoencoderPlan
+from workers.training.tiny.language import LanguagePlan
+from workers.training.tiny.small_model import SHAPE, assemble, still_transformer, train, write_start
 
 LANGUAGE = LanguagePlan(steps=4, batch=4, tokens=48)
 AUTOENCODER = AutoencoderPlan(steps=2, batch=2)

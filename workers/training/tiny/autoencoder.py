@@ -1,4 +1,4 @@
-"""Trains the small model's VAE on StickerWorld pictures: `python -m workers.training.autoencoder OUT`.
+"""Trains the small model's VAE on StickerWorld pictures: `python -m workers.training.tiny.autoencoder OUT`.
 
 Everything the small model can show passes through it, so it comes first. A FLUX-shaped VAE (factor 4, 16 latent
 channels, no quant convolutions), written in diffusers layout.
@@ -239,4 +239,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m workers.training.autoencoder")
+    app(prog_name="python -m workers.training.tiny.autoencoder")

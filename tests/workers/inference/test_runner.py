@@ -20,11 +20,11 @@ from tests.workers.conftest import MakeJob
 from tests.workers.standin import Run, StandinPipeline, picture
 from workers import queues
 from workers.artifacts import ArtifactStore
+from workers.inference.runner import JobRunner
 from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, JobStatus, ReferenceInput
 from workers.ledger import Ledger
 from workers.pictures import PictureLimits, decode
 from workers.redis_process import start_redis
-from workers.runner import JobRunner
 from workers.settings import WorkerSettings
 
 Make = Callable[..., JobRunner]

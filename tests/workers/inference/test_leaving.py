@@ -12,9 +12,9 @@ from tests.workers.conftest import MakeJob
 from tests.workers.standin import Run, StandinPipeline
 from workers import queues
 from workers.artifacts import ArtifactStore
+from workers.inference.runner import JobRunner
 from workers.jobs import CUSTOMIZE, JobStatus
 from workers.ledger import CustomizeLedger, Ledger
-from workers.runner import JobRunner
 from workers.settings import WorkerSettings
 
 

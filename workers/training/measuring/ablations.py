@@ -1,6 +1,6 @@
 """What each part of DreamO's training is worth: its stages with one thing changed, several seeds each.
 
-    python -m workers.training.ablations [--out runs/ablations] [--seeds 3] [--count 100] [--only NAME]
+    python -m workers.training.measuring.ablations [--out runs/ablations] [--seeds 3] [--count 100] [--only NAME]
 
 trains the variants of `recipes/ablations.yaml` on its frozen base, a fresh adapter each time, measures them on held-out
 two-reference scenes and prints means, spreads and differences to `reference`. A seed fixes the start, the records,
@@ -36,8 +36,9 @@ from model.errors import ModelError
 from model.pipeline import Pipeline
 from model.preprocess import load_tools
 from model.roles import ADDED_TOKENS
-from workers.training.attending import peaks_inside
-from workers.training.evaluate import TABLES, pictures
+from workers.training.measuring.attending import peaks_inside
+from workers.training.measuring.evaluate import TABLES, pictures
+from workers.training.measuring.variants import ALL_TASKS, REFERENCE, VARIANTS, Run, planned
 from workers.training.oracle.scores import score
 from workers.training.oracle.tables import summarise
 from workers.training.recipes import Recipe, RecipeError, load_recipe
@@ -46,7 +47,6 @@ from workers.training.start import prepare
 from workers.training.stickerworld.scenes import Scene
 from workers.training.stickerworld.world import scene
 from workers.training.trainer import StepReport, Trainer, TrainingError
-from workers.training.variants import ALL_TASKS, REFERENCE, VARIANTS, Run, planned
 
 app = typer.Typer(add_completion=False)
 
@@ -285,4 +285,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m workers.training.ablations")
+    app(prog_name="python -m workers.training.measuring.ablations")

@@ -1,4 +1,4 @@
-"""Makes the shipped model from nothing, part by part: `python -m workers.training.small_model OUT`.
+"""Makes the shipped model from nothing, part by part: `python -m workers.training.tiny.small_model OUT`.
 
     VAE → text encoders → a transformer whose blocks do nothing yet → `dreamserve train tiny` → the model directory
 
@@ -23,12 +23,12 @@ from model.adapters import MAIN
 from model.errors import ModelError
 from model.fabricate import Shape, make_transformer, write_index
 from model.spec import SPEC_FILE
-from workers.training.autoencoder import AutoencoderPlan, fidelity, train_autoencoder
-from workers.training.language import LanguagePlan, train_language
 from workers.training.log import TrainingLog
 from workers.training.recipes import Recipe, RecipeError, load_recipe
 from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
+from workers.training.tiny.autoencoder import AutoencoderPlan, fidelity, train_autoencoder
+from workers.training.tiny.language import LanguagePlan, train_language
 from workers.training.trainer import TrainingError
 
 app = typer.Typer(add_completion=False)
@@ -149,4 +149,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m workers.training.small_model")
+    app(prog_name="python -m workers.training.tiny.small_model")
