@@ -24,7 +24,8 @@ from kernels import dispatch
 from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.compilation import compiled, keep_graphs
 from model.errors import WeightsError
-from model.network import ready
+from model.lanes import Lanes, lanes_of
+from model.network import Network, ready
 from model.noise import Draws, SeededDraws
 from model.packing import Condition, ReferenceTokens
 from model.positions import Grid
@@ -86,19 +87,21 @@ class Pipeline:
         *,
         compile: Literal["auto", "on", "off"] = "off",
         compiler: Any = "inductor",
+        lanes: int | None = None,
     ) -> None:
         """
         Args:
             compile: whether its blocks are compiled; `auto`: they run as they are if that fails.
             compiler: backend of `torch.compile`.
+            lanes: forwards at once; by default what suits the device.
         """
         self.key = uuid.uuid4().hex
         self.model = model
         self.tools = tools
         self._network = ready(model.transformer)
         self._compile = compile
-        runs = self._network if compile == "off" else compiled(self._network, compiler)
-        self.sampler = Sampler(runs, model.tables)
+        self._num_lanes = lanes or lanes_of(model.transformer.device, compiles=compile != "off")
+        self._lay_lanes(self._network if compile == "off" else compiled(self._network, compiler))
 
     @property
     def spec(self) -> ModelSpec:
@@ -207,7 +210,7 @@ class Pipeline:
         )
         condition = Condition(encoded.prompt.text, encoded.prompt.pooled, grid, references)
         negative = encoded.negative and Condition(encoded.negative.text, encoded.negative.pooled, grid, embedded=False)
-        return self.sampler.begin(
+        return self.lanes.samplers[0].begin(
             condition,
             negative,
             guidance_of(request),
@@ -216,11 +219,11 @@ class Pipeline:
         )
 
     def step(self, runs: Sequence[Denoising]) -> tuple[Denoising, ...]:
-        """All runs one denoise step further, in one forward; returns when the device has finished it.
+        """All runs one denoise step further, in one forward a lane; returns when the device has finished it.
 
         So a step's end means something: progress, cancellation and timings hang on it.
         """
-        moved = self.sampler.advance(runs)
+        moved = self.lanes.advance(runs, [self.num_tokens(run) for run in runs])
         if moved and moved[0].latents.is_cuda:
             torch.cuda.synchronize(moved[0].latents.device)
         return moved
@@ -260,8 +263,11 @@ class Pipeline:
                 raise WeightsError("compile_failed", f"the network cannot be compiled ({reason}): {remedy}") from error
             _LOG.warning("the network runs without torch.compile (%s): %s", reason, remedy)
             self._compile = "off"
-            self.sampler = Sampler(self._network, self.model.tables)
+            self._lay_lanes(self._network)
             self._warm_up()
+
+    def _lay_lanes(self, network: Network) -> None:
+        self.lanes = Lanes(lambda: Sampler(network, self.model.tables), self._num_lanes)
 
     def _warm_up(self) -> None:
         spec = self.spec

@@ -154,7 +154,7 @@ def check_case(recording: Recording, assets: Assets) -> Iterator[Row]:
     yield from _check_layout(pipeline, run, wanted)
     yield from _check_depth(pipeline, run, wanted)
     for step in range(run.num_steps):
-        parts = pipeline.sampler.velocities([run])[0]
+        parts = pipeline.lanes.samplers[0].velocities([run])[0]
         yield from _check_step(run, parts, wanted)
         run = replace(run, latents=step_latents(run, parts), step=step + 1)
     yield compare("final_latents_packed", run.latents[None], recording.tensors["final_latents_packed"])

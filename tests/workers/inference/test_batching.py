@@ -27,7 +27,9 @@ SIDES = (48, 64, 72, 96)
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    return load_pipeline(ModelSource())
+    """All runs of a forward in one pack."""
+    loaded = load_pipeline(ModelSource())
+    return Pipeline(loaded.model, loaded.tools, lanes=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,12 @@ def png(pipeline: Pipeline, run: Denoising) -> bytes:
     return encode(pixels, "png")
 
 
-def test_company_changes_no_picture(pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_company_changes_no_picture(pipeline: Pipeline, lanes: int) -> None:
     """Random jobs in continuous batches end with the latents of their solo runs (1e-5) and their PNG, byte for byte."""
-    runs = begun(pipeline, 12, seed=1)
-    ended, sizes = together(pipeline, runs, Budget(tokens=1200, runs=5))
+    runs = begun(pipeline, 12, seed=lanes)
+    batching = Pipeline(pipeline.model, pipeline.tools, lanes=lanes)
+    ended, sizes = together(batching, runs, Budget(tokens=1200, runs=5))
     assert max(sizes) >= 4 and min(sizes) >= 1, "they did share forwards"
     for one in runs:
         solo = alone(pipeline, one)
@@ -113,7 +117,7 @@ def test_a_mix_up_would_be_seen(pipeline: Pipeline, monkeypatch: pytest.MonkeyPa
     runs = begun(pipeline, 2, seed=2)
     solo = [alone(pipeline, one) for one in runs]
     monkeypatch.setattr("model.transformer.make_pack", merged_pack)
-    fresh = Pipeline(pipeline.model, pipeline.tools)
+    fresh = Pipeline(pipeline.model, pipeline.tools, lanes=1)
     ended, sizes = together(fresh, [replace(one, arrives=0) for one in runs], Budget(tokens=10**6, runs=5))
     assert max(sizes) == 2
     assert all((ended[one.name].latents - end.latents).abs().max() > 1e-3 for one, end in zip(runs, solo, strict=True))
