@@ -53,6 +53,7 @@ class Denoising:
     Attributes:
         sigmas: [num_steps + 1] float32. latents: [rows · columns, 64].
         standing, negative_standing: what the network has computed of the two conditions for all steps.
+        velocity: of the step that led here, [rows · columns, 64]; None before the first.
     """
 
     condition: Condition
@@ -63,6 +64,7 @@ class Denoising:
     standing: Standing
     negative_standing: Standing | None = None
     step: int = 0
+    velocity: torch.Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -71,6 +73,13 @@ class Denoising:
     @property
     def done(self) -> bool:
         return self.step == self.num_steps
+
+    @property
+    def clean(self) -> torch.Tensor:
+        """The latents without their noise, by the last velocity: x − sigma·v, [rows · columns, 64]."""
+        if self.velocity is None:
+            return self.latents
+        return euler_step(self.latents, self.velocity, self.sigmas[self.step], torch.zeros(()))
 
     @property
     def timestep(self) -> torch.Tensor:
@@ -144,10 +153,7 @@ class Sampler:
         """
         if any(run.done for run in runs):
             raise ValueError("a finished run cannot take another step")
-        return tuple(
-            replace(run, latents=step_latents(run, parts), step=run.step + 1)
-            for run, parts in zip(runs, self.velocities(runs), strict=True)
-        )
+        return tuple(moved(run, parts) for run, parts in zip(runs, self.velocities(runs), strict=True))
 
     def _site(self, conditions: Sequence[Condition]) -> Site:
         """A batch's site, which follows from its shapes alone."""
@@ -166,9 +172,10 @@ def _shape(condition: Condition) -> object:
 
 
 @torch.inference_mode()
-def step_latents(run: Denoising, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The run's latents after its current step, from the velocities of its branches."""
+def moved(run: Denoising, parts: Sequence[torch.Tensor]) -> Denoising:
+    """A run after its current step, by the velocities of its branches."""
     velocity = parts[0]
     if len(parts) == 2:
         velocity = parts[1] + run.guidance.true_scale * (parts[0] - parts[1])
-    return euler_step(run.latents, velocity, run.sigmas[run.step], run.sigmas[run.step + 1])
+    latents = euler_step(run.latents, velocity, run.sigmas[run.step], run.sigmas[run.step + 1])
+    return replace(run, latents=latents, step=run.step + 1, velocity=velocity)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from model.pipeline import EncodedReference, EncodedRequest, Pipeline
 from model.preprocess import area_size, load_tools, on_white, resize_area, resize_long, to_tensor_range
 from model.requests import ImageRequest
 from model.roles import Role
-from model.sampling import Denoising, step_latents
+from model.sampling import Denoising, moved
 from model.text import PromptEmbeds
 from model.transformer import embed, embed_time, site_of, split_vectors
 
@@ -153,10 +153,10 @@ def check_case(recording: Recording, assets: Assets) -> Iterator[Row]:
     yield from wanted.rows("timesteps", run.sigmas[:-1] * 1000)
     yield from _check_layout(pipeline, run, wanted)
     yield from _check_depth(pipeline, run, wanted)
-    for step in range(run.num_steps):
+    while not run.done:
         parts = pipeline.lanes.samplers[0].velocities([run])[0]
         yield from _check_step(run, parts, wanted)
-        run = replace(run, latents=step_latents(run, parts), step=step + 1)
+        run = moved(run, parts)
     yield compare("final_latents_packed", run.latents[None], recording.tensors["final_latents_packed"])
     if "image" in recording.tensors:
         image = model.codec.decode(run.latents, run.condition.target_grid)
@@ -253,7 +253,7 @@ def _check_step(run: Denoising, parts: list[torch.Tensor], wanted: Wanted) -> It
         yield from wanted.rows(f"{name}.neg_guidance", torch.tensor([run.guidance.negative]))
         layout = lay_out([run.negative])
         yield from wanted.rows(f"{name}.neg_img_ids", layout.ids[layout.num_text :])
-    yield from wanted.rows(f"{name}.latents_after", step_latents(run, parts)[None])
+    yield from wanted.rows(f"{name}.latents_after", moved(run, parts).latents[None])
 
 
 @torch.inference_mode()
