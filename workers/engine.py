@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from workers.failpoints import reach
+from workers.pace import Pace
 from workers.planner import Account, Budget, Seat, next_forward
 
 _CALM_FORWARDS = 64
@@ -62,6 +63,7 @@ class Engine:
         self._runs: dict[str, Any] = {}
         self._tokens = budget.tokens
         self._calm = 0
+        self._pace = Pace()
 
     def __len__(self) -> int:
         return len(self._seats)
@@ -92,12 +94,14 @@ class Engine:
             BrokenDeviceError: see there.
         """
         began = self._clock()
-        budget = replace(self.budget, tokens=self._tokens)
+        budget = replace(self.budget, tokens=self._tokens, light_tokens=self._pace.light_tokens)
         chosen = next_forward(list(self._seats.values()), budget, self._account, began)
         moved, failed = self._step(sorted(chosen, key=lambda seat: seat.waiting_since))
         stepped = [seat for seat in chosen if seat.key in moved]
         self._account = self._account.charged(stepped, list(self._seats.values()), budget)
         ended = self._clock()
+        if len(moved) == len(chosen):
+            self._pace = self._pace.after(sum(seat.tokens for seat in chosen), ended - began)
         for key in failed:
             self.drop(key)
         for key, run in moved.items():

@@ -8,7 +8,11 @@ nothing. A forward is filled up to a budget of tokens; beyond it a larger one is
 2. The class that has had least of the device for its share: interactive work gets `interactive_share` while batch work
    waits too.
 3. The tenant of that class who has had least.
-4. The run with the least work left: a short one is not held up by long ones.
+4. The smallest run as it was asked for, and of equal ones that with the least work left: a short one is not held up by
+   long ones, not even by those that are almost done.
+
+The first one's company are those next in line, but for runs of more than twice its size: it would wait for them at each
+of its steps. They join as far as the forward stays so small that they cost it little (`Budget.light_tokens`).
 
 Only runs of one group (model, adapters and their scales, precision) share a forward. Work is counted in tokens of text,
 target and references, times the steps left: what they cost, apart from the square in attention.
@@ -24,6 +28,8 @@ from typing import TypeVar
 Share = tuple[bool, str]
 """A class and one of its tenants: (interactive, tenant)."""
 K = TypeVar("K", bool, Share)
+_COMPANY = 2
+"""Times a run's size that its company may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,7 @@ class Seat:
         steps: left.
         waiting_since: second at which its last step ended, or it arrived.
         group: only runs of the same one share a forward.
+        size: its work as it began; 0: what is left of it.
     """
 
     key: str
@@ -45,6 +52,7 @@ class Seat:
     tenant: str = "default"
     interactive: bool = True
     group: str = ""
+    size: int = 0
 
     @property
     def share(self) -> Share:
@@ -55,6 +63,11 @@ class Seat:
         """Tokens of all its steps."""
         return self.tokens * self.steps
 
+    @property
+    def whole(self) -> int:
+        """Its size."""
+        return self.size or self.work
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -64,12 +77,14 @@ class Budget:
         tokens: of all its runs; a run alone may exceed it. runs: how many.
         interactive_share: of the device, for interactive work while batch work waits too.
         patience_s: how long a run may go without a step before it jumps the queue.
+        light_tokens: a forward of so many costs hardly more than a smaller one.
     """
 
     tokens: int
     runs: int
     interactive_share: float = 0.8
     patience_s: float = 10.0
+    light_tokens: int = 0
 
     def weight(self, *, interactive: bool) -> float:
         """The share of a class."""
@@ -115,18 +130,21 @@ def next_forward(seats: Sequence[Seat], budget: Budget, account: Account, now: f
     if account.turn % 2 and now - longest.waiting_since > budget.patience_s:
         order.remove(longest)
         order.insert(0, longest)
-    chosen, tokens = [order[0]], order[0].tokens
+    first = order[0]
+    chosen, tokens = [first], first.tokens
     for seat in order[1:]:
-        fits = tokens + seat.tokens <= budget.tokens and len(chosen) < budget.runs
-        if fits and seat.group == chosen[0].group:
+        after = tokens + seat.tokens
+        fits = after <= budget.tokens and len(chosen) < budget.runs and seat.group == first.group
+        if fits and (seat.whole <= _COMPANY * first.whole or after <= budget.light_tokens):
             chosen.append(seat)
-            tokens += seat.tokens
+            tokens = after
     return tuple(chosen)
 
 
-def _rank(seat: Seat, account: Account) -> tuple[float, float, int, float, str]:
+def _rank(seat: Seat, account: Account) -> tuple[float, float, int, int, float, str]:
     """The smaller, the sooner."""
-    return account.classes[seat.interactive], account.tenants[seat.share], seat.work, seat.waiting_since, seat.key
+    spent = account.classes[seat.interactive], account.tenants[seat.share]
+    return *spent, seat.whole, seat.work, seat.waiting_since, seat.key
 
 
 def _levelled(spent: Mapping[K, float], present: Iterable[K]) -> dict[K, float]:

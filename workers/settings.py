@@ -76,7 +76,7 @@ class WorkerSettings(QueueSettings):
         jobs_in_hand: jobs that are prepared, denoised or finished here at a time; the rest waits in Redis. With
             FLUX.1-dev each of their images takes some 40 MB of the device until it is done.
         forward_tokens: that a forward holds, text, target and references; beyond, a larger one is no faster a token.
-        forward_runs: pictures in a forward.
+        forward_runs: pictures in a forward; who arrives waits for the one at hand.
         interactive_share: of the device, for interactive jobs while batch jobs wait too.
         grace_s: time to end what has begun when asked to leave; what is left is handed back.
         cache_mib: that prompts, prepared references and reference latents may each take; see `caches.Caches`.
@@ -93,9 +93,9 @@ class WorkerSettings(QueueSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     commit_patience_s: float = Field(default=60.0, ge=0)
     stall_s: float = Field(default=600.0, gt=0)
-    jobs_in_hand: int = Field(default=16, ge=1)
+    jobs_in_hand: int = Field(default=64, ge=1)
     forward_tokens: int = Field(default=8192, ge=1)
-    forward_runs: int = Field(default=16, ge=1)
+    forward_runs: int = Field(default=8, ge=1)
     interactive_share: float = Field(default=0.8, gt=0, lt=1)
     grace_s: float = Field(default=60.0, ge=0)
     cache_mib: int = Field(default=256, ge=0)

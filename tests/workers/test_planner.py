@@ -152,3 +152,22 @@ def test_a_short_run_is_not_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_ends(next_forward) <= 2 * 4
     monkeypatch.setattr(planner, "_rank", lambda seat, *_: (seat.waiting_since, seat.key))
     assert first_ends(next_forward) > 50
+
+
+def company_of_the_short(budget: Budget, longs: int = 7) -> set[int]:
+    """How many share the forwards of a short run among long ones that are in no hurry."""
+    seats = [Seat(f"long{number}", 500, 30, 0.0) for number in range(longs)] + [Seat("short", 500, 4, 0.0)]
+    return {len(forward) for forward in simulate(seats, budget, 20) if "short" in forward}
+
+
+def test_large_runs_do_not_hold_up_a_small_one() -> None:
+    """A run's forwards are its own while only larger ones wait, unless a larger forward costs little."""
+    assert company_of_the_short(Budget(8000, 16)) == {1}
+    assert company_of_the_short(Budget(8000, 16, light_tokens=1999)) == {3}
+    assert company_of_the_short(Budget(8000, 16, light_tokens=10**6)) == {8}
+
+
+def test_runs_of_a_kind_share_forwards() -> None:
+    """Equal runs that arrived one after the other are all in each forward, though the first has least left."""
+    seats = [Seat(str(steps), 500, steps, 0.0, size=500 * 12) for steps in range(5, 13)]
+    assert [len(forward) for forward in simulate(seats, Budget(8000, 16), 5)] == [8] * 5

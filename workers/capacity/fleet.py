@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 try:
     import simpy
@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
 
 from workers.capacity.arrivals import Arrival
 from workers.capacity.costs import Costs
+from workers.pace import Pace
 from workers.planner import Account, Budget, Seat, next_forward
 
 _HEARD_S = 0.05
@@ -198,7 +199,7 @@ class _Worker:
         self._ended = ended
         self._device = Device(env, costs.lanes)
         self._room = simpy.Resource(env, fleet.jobs_in_hand)
-        self._to_prepare, self._to_finish = simpy.Store(env), simpy.Store(env)
+        self._to_prepare, self._to_finish = simpy.PriorityStore(env), simpy.Store(env)
         self._ready = _Waiting()
         for process in (self._intake(), self._prepare(), self._engine(), self._finish()):
             env.process(process)
@@ -209,11 +210,14 @@ class _Worker:
             yield room
             ticket: _Ticket = yield self._queue.get()
             ticket.worker, ticket.taken, ticket.room = self._number, self._env.now, room
-            self._to_prepare.put(ticket)
+            arrival = ticket.arrival
+            place = (not arrival.interactive, arrival.tokens * arrival.steps * arrival.images, ticket.number)
+            self._to_prepare.put(simpy.PriorityItem(place, ticket))
 
     def _prepare(self) -> Process:
         while True:
-            ticket: _Ticket = yield self._to_prepare.get()
+            item: simpy.PriorityItem = yield self._to_prepare.get()
+            ticket = cast("_Ticket", item.item)
             arrival = ticket.arrival
             yield self._device.work(self._costs.prepare(arrival.references))
             for image in range(arrival.images):
@@ -224,6 +228,7 @@ class _Worker:
                     self._env.now,
                     arrival.tenant,
                     arrival.interactive,
+                    size=arrival.tokens * arrival.steps,
                 )
                 self._ready.seats.append((seat, ticket))
             if self._ready.bell is not None:
@@ -231,7 +236,7 @@ class _Worker:
                 self._ready.bell = None
 
     def _engine(self) -> Process:
-        account = Account()
+        account, pace = Account(), Pace()
         seats: dict[str, Seat] = {}
         tickets: dict[str, _Ticket] = {}
         while True:
@@ -241,8 +246,10 @@ class _Worker:
             for seat, ticket in self._ready.seats:
                 seats[seat.key], tickets[seat.key] = seat, ticket
             self._ready.seats.clear()
-            chosen = next_forward(list(seats.values()), self._budget, account, self._env.now)
+            budget = replace(self._budget, light_tokens=pace.light_tokens)
+            chosen, began = next_forward(list(seats.values()), budget, account, self._env.now), self._env.now
             yield from self._forward(chosen, tickets)
+            pace = pace.after(sum(seat.tokens for seat in chosen), self._env.now - began)
             account = account.charged(chosen, list(seats.values()), self._budget)
             moved = {seat.key: replace(seat, steps=seat.steps - 1, waiting_since=self._env.now) for seat in chosen}
             for key, seat in moved.items():

@@ -1,7 +1,7 @@
 """Customize jobs from claim to commit, many at once, on one hot pipeline.
 
-    RQ's thread   delivery ─▶ claim
-    `prepare`     read, preprocess, encode ─▶ one run an image
+    RQ's thread   delivery ─▶ claim, read
+    `prepare`     preprocess, encode, small jobs first ─▶ one run an image
     `engine`      forward after forward, each over the runs that the planner chooses ─▶ runs that have ended
     `finish`      decode, encode, publish ─▶ commit after a job's last image
     `scribe`      beats: progress out, cancellation in
@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from heapq import heappop, heappush
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,20 +28,20 @@ import structlog
 from numpy.typing import NDArray
 from redis.exceptions import RedisError
 
-from model.errors import ModelError
 from workers import pictures, queues
-from workers.artifacts import ArtifactError, ArtifactStore
+from workers.artifacts import ArtifactStore
 from workers.caretaker import Claim
 from workers.claims import ClaimedJob, End, Stop, StoppedError
-from workers.engine import BrokenDeviceError, Engine, Forward, is_out_of_memory
+from workers.engine import BrokenDeviceError, Engine, Forward
 from workers.failpoints import reach
 from workers.inference.caches import MIB, Caches
+from workers.inference.failures import job_error
 from workers.inference.preparation import Encoder, prepare
 from workers.inference.scribe import Scribe
 from workers.inference.works import Work
-from workers.jobs import CUSTOMIZE, ImageArtifact, JobError
-from workers.ledger import CustomizeLedger, DamagedRecordError
-from workers.pictures import PictureError, PictureLimits
+from workers.jobs import CUSTOMIZE, ImageArtifact
+from workers.ledger import CustomizeLedger
+from workers.pictures import PictureLimits
 from workers.planner import Budget, Seat
 from workers.settings import WorkerSettings
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 SEEDS = 2**64
 _LOG = structlog.stdlib.get_logger("workers.inference.runner")
+_FORWARDS_AHEAD = 2
 _HEARD_S = 0.05
 """The engine waits so long for its beats to be heard. A Redis that answers is faster; one that is away costs this."""
 
@@ -86,15 +89,20 @@ class JobRunner:
         budget = Budget(settings.forward_tokens, settings.forward_runs, settings.interactive_share)
         self._engine = Engine(pipeline, budget)
         self._works: dict[str, Work] = {}
+        self._unprepared: list[Work] = []
         self._ready: deque[tuple[Work, int, Any]] = deque()
+        self._numbers = count()
         self._changed = threading.Condition()
         self._leaving = self._closed = False
-        self._preparing = ThreadPoolExecutor(1, "prepare")
         self._finishing = ThreadPoolExecutor(1, "finish")
         self._scribe = Scribe(self._stop_later)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._scribe.start()
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._prepare_jobs, name="prepare", daemon=True),
+            threading.Thread(target=self._run, name="engine", daemon=True),
+            self._scribe,
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # For the process.
 
@@ -123,7 +131,7 @@ class JobRunner:
         work = Work(claimed, self._scribe)
         with self._changed:
             self._works[job_id] = work
-        self._preparing.submit(self._guarded, work, self._prepare)
+        self._guarded(work, self._read)
 
     def stop(self) -> None:
         """No job is claimed any more. For a signal handler: it takes no lock."""
@@ -152,16 +160,43 @@ class JobRunner:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for pool in (self._preparing, self._finishing):
-            pool.shutdown(wait=not self.broken, cancel_futures=True)
-        self._thread.join()
+        self._finishing.shutdown(wait=not self.broken, cancel_futures=True)
         self._scribe.halt()
+        for thread in self._threads:
+            if not self.broken:
+                thread.join()
+
+    def _read(self, work: Work) -> None:
+        job = work.claimed.read()
+        with self._changed:
+            work.accept(job, next(self._numbers))
+            heappush(self._unprepared, work)
+            self._changed.notify_all()
 
     # In the thread `prepare`.
 
+    def _prepare_jobs(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._is_wanted())
+                if self._closed:
+                    return
+                work = heappop(self._unprepared)
+                work.prepared = True
+            self._guarded(work, self._prepare)
+
+    def _is_wanted(self) -> bool:
+        """Whether to prepare a job now: if there is little for the next forwards, or one that goes before some of it.
+
+        What is prepared too early only takes memory, and the device from those who are being denoised.
+        """
+        if not self._unprepared:
+            return False
+        prepared = [work.place for work in self._works.values() if work.prepared]
+        return len(prepared) < _FORWARDS_AHEAD * self.settings.forward_runs or self._unprepared[0].place < max(prepared)
+
     def _prepare(self, work: Work) -> None:
-        job = work.claimed.read()
-        work.accept(job)
+        job = work.job
         prepared = prepare(job, self.pipeline, self.store, self.caches, PictureLimits(), work.tell_phase)
         work.timings |= prepared.timings
         work.cache |= prepared.used
@@ -219,6 +254,7 @@ class JobRunner:
             waiting_since=time.monotonic(),
             tenant=work.job.tenant,
             interactive=work.job.priority == "interactive",
+            size=self.pipeline.num_tokens(run) * run.num_steps,
         )
 
     def _account(self, forward: Forward) -> None:
@@ -312,27 +348,6 @@ class JobRunner:
         if end is not None:
             _LOG.info("job ended", job_id=job_id, state=end, seconds=work.seconds())
         return end
-
-
-def job_error(error: Exception) -> JobError:
-    """What the caller may know of a failure: a code and a remedy, nothing of the exception's own text."""
-    match error:
-        case ModelError():
-            return JobError(error.code, error.message)
-        case ArtifactError():
-            return JobError(error.code, error.message, retryable=error.code == "storage_unavailable")
-        case PictureError():
-            return JobError(error.code, error.message)
-        case DamagedRecordError():
-            return JobError("internal", "The job's record is damaged: submit it again.")
-        case _ if is_out_of_memory(error):
-            return JobError(
-                "out_of_memory",
-                "The worker ran out of memory: try again, or ask for a smaller size or fewer references.",
-                retryable=True,
-            )
-        case _:
-            return JobError("internal", f"The worker failed with {type(error).__name__}.")
 
 
 def job_of(key: str) -> str:

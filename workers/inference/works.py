@@ -11,6 +11,8 @@ from workers.claims import ClaimedJob, Stop, StoppedError
 from workers.inference.scribe import Scribe
 from workers.jobs import CustomizeJob, ImageArtifact, JobResult, Outcome, Progress
 
+Place = tuple[bool, int, int]
+
 
 @dataclass(slots=True)
 class Work:
@@ -18,6 +20,7 @@ class Work:
 
     Attributes:
         images: published, by number. timings: seconds by phase. cache: what had been kept.
+        place: before whom it is prepared. prepared: or being prepared.
         stopped: why it is not to go on, once that has been heard.
         ended: its end is taken; nothing is to be done for it any more.
     """
@@ -27,6 +30,8 @@ class Work:
     images: dict[int, ImageArtifact] = field(default_factory=dict[int, ImageArtifact])
     timings: dict[str, float] = field(default_factory=dict[str, float])
     cache: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
+    place: Place = (False, 0, 0)
+    prepared: bool = False
     stopped: Stop | None = None
     ended: bool = False
     steps: int = 0
@@ -49,9 +54,13 @@ class Work:
         """Whether all steps of all images have been made."""
         return self.steps == self._total
 
-    def accept(self, job: CustomizeJob) -> None:
-        """The job has been read."""
+    def __lt__(self, other: Work) -> bool:
+        return self.place < other.place
+
+    def accept(self, job: CustomizeJob, number: int) -> None:
+        """The job has been read, as the worker's `number`-th."""
         self._job = job
+        self.place = place_of(job, number)
 
     def tell_phase(self, phase: Literal["load", "preprocess", "encode", "denoise", "decode"]) -> None:
         """A phase begins.
@@ -104,3 +113,10 @@ class Work:
     @property
     def _total(self) -> int:
         return self.job.sampling.num_inference_steps * self.job.num_images
+
+
+def place_of(job: CustomizeJob, number: int) -> Place:
+    """Where a job stands in the line to be prepared: interactive ones first, then by pixels times steps."""
+    sampling = job.sampling
+    pixels = sampling.height * sampling.width + sum(one.resolution**2 for one in job.references if one.resolution)
+    return job.priority != "interactive", pixels * sampling.num_inference_steps * job.num_images, number

@@ -8,6 +8,7 @@ import pytest
 import redis
 import structlog
 
+from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
 from tests.workers.standin import Run, StandinPipeline
 from workers import queues
@@ -54,6 +55,8 @@ def left(client: redis.Redis, store: ArtifactStore, make_job: MakeJob, grace_s: 
     assert not runner.wait_for_room(0.0), "nothing is claimed any more"
     closing = threading.Thread(target=runner.close)
     closing.start()
+    if not grace_s:
+        wait_for(lambda: runner.claims == [], "both to go back")
     gate.opened.set()
     closing.join(60)
     assert not closing.is_alive()
