@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import redis
 import structlog
@@ -21,6 +21,8 @@ from workers.ledger import Ledger
 
 _LOG = structlog.stdlib.get_logger("workers.caretaker")
 _SWEEP_S = 600.0
+_IDLE_S = 1.0
+"""Another worker that has been ready for so long is given something to do."""
 
 
 @dataclass(slots=True)
@@ -32,13 +34,34 @@ class Claim:
     moved_at: float
 
 
+class Holder(Protocol):
+    """Who has jobs in hand. All of it is called several times per lease, by the caretaker's thread."""
+
+    @property
+    def claims(self) -> Sequence[Claim]:
+        """The jobs in hand."""
+        ...
+
+    def hear(self, job_id: str, reason: Literal["canceled", "expired", "lost"]) -> None:
+        """A job is not to go on."""
+        ...
+
+    def hand_over(self) -> None:
+        """Other workers are idle: let them have some of what has not begun."""
+        ...
+
+    def tidy(self) -> None:
+        """Drop from memory what is not to be there any more."""
+        ...
+
+
 class Caretaker(threading.Thread):
     """Goes its round several times per lease until `halt`.
 
     Args:
         client: of its own. ledger: on that client.
         card: what to announce, asked anew each time.
-        claims: the jobs in hand.
+        holder: who has the jobs in hand; None as long as nobody can.
         stall_s: a claim without progress for so long is no longer kept alive.
         sweep: clears what expired jobs have left; called every ten minutes.
     """
@@ -51,7 +74,7 @@ class Caretaker(threading.Thread):
         name: str,
         *,
         card: Callable[[], dict[str, Any]],
-        claims: Callable[[], Sequence[Claim]],
+        holder: Callable[[], Holder | None],
         stall_s: float,
         sweep: Callable[[], object],
     ) -> None:
@@ -61,18 +84,23 @@ class Caretaker(threading.Thread):
         self.ledger = ledger
         self.worker = name
         self.card = card
-        self.claims = claims
+        self.holder = holder
         self.stall_s = stall_s
         self.sweep = sweep
         self._halted = threading.Event()
         self._away = False
+        self.heard_at = float("-inf")
+        """Monotonic second at which Redis last answered a whole round."""
         self._searched_at = self._swept_at = time.monotonic()
+        self._idle = IdleWatch(name)
+        self._popped: set[str] = set()
 
     def run(self) -> None:
         """One round after the other; while Redis is away, wait for it."""
         while not self._halted.is_set():
             try:
                 self.round()
+                self.heard_at = time.monotonic()
                 self._away = False
             except RedisError as error:
                 if not self._away:
@@ -81,18 +109,24 @@ class Caretaker(threading.Thread):
             self._halted.wait(self.ledger.lease_s / 20)
 
     def round(self) -> None:
-        """Announce, renew one's own leases first, then look for what others have lost."""
+        """Announce, renew one's own leases first, then look for what others have lost or could do."""
         self.announce()
-        for claim in self.claims():
-            if time.monotonic() - claim.moved_at < self.stall_s:
-                self.ledger.beat(claim.job_id, claim.token)
+        holder = self.holder()
+        if holder is not None:
+            self._renew(holder)
         for job_id in self.ledger.reap():
             _LOG.warning("lease lapsed, job queued again", job_id=job_id)
             queues.ring_again(self.client, self.kind, job_id)
+        for job_id in self.ledger.expire():
+            _LOG.info("not begun in time, job expired", job_id=job_id)
+        queues.ring_due(self.ledger)
+        if holder is not None:
+            holder.tidy()
+            self._share(holder)
         now = time.monotonic()
         if now - self._searched_at >= self.ledger.lease_s:
             self._searched_at = now
-            self._find_missing()
+            self.search()
         if now - self._swept_at >= _SWEEP_S:
             self._swept_at = now
             self.sweep()
@@ -110,9 +144,59 @@ class Caretaker(threading.Thread):
         except RedisError:
             return  # the card lapses by itself
 
-    def _find_missing(self) -> None:
-        """Ring for jobs that wait without a delivery: their gateway or worker died at the wrong moment."""
+    def search(self) -> None:
+        """Once a lease: look for deliveries that a gateway or worker has lost by dying at the wrong moment.
+
+        Raises:
+            redis.exceptions.RedisError: Redis is away.
+        """
+        popped = set(queues.popped(self.client, self.kind))
+        for job_id in popped & self._popped:  # who popped it has had a lease's time to acknowledge it
+            _LOG.warning("delivery was popped and left", job_id=job_id)
+            queues.acknowledge(self.client, self.kind, job_id)
+        self._popped = popped - self._popped
         waiting = self.ledger.waiting(self.ledger.lease_s / 2)
         if waiting:
             for job_id in queues.ring_missing(self.client, self.kind, waiting):
                 _LOG.warning("delivery was missing", job_id=job_id)
+
+    def _renew(self, holder: Holder) -> None:
+        """Keep one's leases, and hear what is not to go on, though it may have made no step of late."""
+        for claim in holder.claims:
+            if time.monotonic() - claim.moved_at < self.stall_s:
+                answer = self.ledger.beat(claim.job_id, claim.token)
+                if answer != "ok":
+                    holder.hear(claim.job_id, answer)
+
+    def _share(self, holder: Holder) -> None:
+        """Hand over while others have nothing to do: a queue that holds deliveries gives them enough."""
+        if len(holder.claims) < 2:
+            self._idle.forget()
+        elif self._idle.look(queues.workers(self.client, self.kind), time.monotonic()) and not queues.pending(
+            self.client, self.kind
+        ):
+            self._idle.forget()
+            holder.hand_over()
+
+
+@dataclass(slots=True)
+class IdleWatch:
+    """Which other workers have been ready for a while. `name`: one's own."""
+
+    name: str
+    _since: dict[str, float] = field(default_factory=dict[str, float])
+
+    def look(self, cards: Iterable[Mapping[str, Any]], now: float) -> list[str]:
+        """Names of those that were ready at every look for the last second."""
+        ready = {str(card["name"]) for card in cards if card.get("state") == "ready"} - {self.name}
+        self._since = {name: self._since.get(name, now) for name in ready}
+        return [name for name, since in self._since.items() if now - since >= _IDLE_S]
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._since = {}
+
+
+def to_hand_over(waiting: int, in_hand: int) -> int:
+    """How many jobs to give to idle workers: half of those that wait here, but not the last one in hand."""
+    return max(0, min((waiting + 1) // 2, in_hand - 1))

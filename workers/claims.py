@@ -1,6 +1,6 @@
 """A claimed job from claim to end: the outermost shell around the work, the same for every kind of job.
 
-    claim ─▶ work, its progress told by `beat` ─▶ commit, fail, release or hand back
+    claim ─▶ work, its progress told by `beat` ─▶ commit, fail, release or hand back ─▶ ring for who comes next
 
 All that is written here carries the claim's token.
 """
@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 import structlog
 from redis.exceptions import RedisError
 
+from workers import queues
 from workers.caretaker import Claim
 from workers.failpoints import reach
-from workers.jobs import JobError, JobT, ProgressT, ResultT
+from workers.jobs import JobError, JobRecord, JobT, ProgressT, ResultT
 from workers.ledger import Beat, Ledger
 
 _LOG = structlog.stdlib.get_logger("workers.claims")
 
 T = TypeVar("T")
-Stop = Literal["canceled", "lost", "leaving"]
-End = Literal["succeeded", "failed", "canceled", "lost", "leaving"]
+Stop = Literal["canceled", "expired", "lost", "leaving"]
+End = Literal["succeeded", "failed", "canceled", "expired", "lost", "leaving"]
 
 
 class StoppedError(Exception):
@@ -43,8 +45,8 @@ class ClaimedJob(Generic[JobT, ProgressT, ResultT]):
     claim: Claim
     patience_s: float
 
-    def read(self) -> JobT:
-        """The job itself. A Redis that is away must not end it, so this waits as its end does.
+    def read(self) -> JobRecord[JobT, ProgressT, ResultT]:
+        """The job's record. A Redis that is away must not end the job, so this waits as its end does.
 
         Raises:
             StoppedError: its record is gone.
@@ -54,12 +56,22 @@ class ClaimedJob(Generic[JobT, ProgressT, ResultT]):
         record = self._patiently(lambda: self.ledger.get(self.claim.job_id))
         if record is None:
             raise StoppedError("lost")
-        return record.job
+        return record
 
-    def beat(self, progress: ProgressT) -> Beat:
+    def begin(self) -> None:
+        """From here on a lost worker costs the job an attempt; for claims that waited.
+
+        Raises:
+            StoppedError: it is another's by now.
+            redis.exceptions.RedisError: Redis was away for longer than the patience.
+        """
+        if not self._patiently(lambda: self.ledger.begin(self.claim.job_id, self.claim.token)):
+            raise StoppedError("lost")
+
+    def beat(self, progress: ProgressT, preview: bytes | None = None) -> Beat:
         """Tell the ledger; a Redis that is away for a moment stops no work."""
         try:
-            return self.ledger.beat(self.claim.job_id, self.claim.token, progress)
+            return self.ledger.beat(self.claim.job_id, self.claim.token, progress, preview)
         except RedisError as error:
             _LOG.warning("beat not heard", job_id=self.claim.job_id, exception=type(error).__name__)
             return "ok"
@@ -99,15 +111,26 @@ class ClaimedJob(Generic[JobT, ProgressT, ResultT]):
         return self._insist(lambda: self.ledger.fail(self.claim.job_id, self.claim.token, reason), "failed")
 
     def stop(self, reason: Stop) -> End:
-        """End early: acknowledge a cancel, or hand the job back."""
-        if reason == "lost":
-            return "lost"
-        write = self.ledger.release_canceled if reason == "canceled" else self.ledger.hand_back
+        """End early: acknowledge a cancel or a deadline, or hand the job back."""
+        match reason:
+            case "lost":
+                return "lost"
+            case "canceled":
+                write = self.ledger.release_canceled
+            case "expired":
+                write = self.ledger.release_expired
+            case "leaving":
+                write = self.ledger.hand_back
         return self._insist(lambda: write(self.claim.job_id, self.claim.token), reason)
 
     def _insist(self, write: Callable[[], bool], end: End) -> End:
         """Write an end; the ledger's scripts bear repetition."""
-        return end if self._patiently(write) else "lost"
+        if not self._patiently(write):
+            return "lost"
+        if end != "leaving":
+            with suppress(RedisError):  # any caretaker rings for what enters the window now
+                queues.ring_due(self.ledger)
+        return end
 
     def _patiently(self, act: Callable[[], T]) -> T:
         """Try for as long as the patience lasts."""

@@ -57,9 +57,9 @@ class DeliveryWorker(SimpleWorker):
         self._popped = False
 
     def execute_job(self, job: Job, queue: Queue) -> None:  # noqa: ARG002 - RQ's signature
-        """Acknowledge and call; when stopping, hand the delivery back for another worker."""
+        """Acknowledge and call; when stopping, or without room by now, leave the delivery to another worker."""
         self._popped = False
-        if self._stop.is_set():
+        if self._stop.is_set() or not self._room.wait_for_room(0.0):
             queues.ring_again(self.connection, self._kind, job.id)
             return
         queues.acknowledge(self.connection, self._kind, job.id)

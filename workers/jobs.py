@@ -3,7 +3,8 @@
     queued ──claim──▶ running ──commit──▶ succeeded
       │                 │ ├────fail─────▶ failed
       │                 │ └──(lease lost)─▶ queued again, attempt + 1
-      └────cancel───────┴───────────────▶ canceled        expired: not started by its deadline
+      ├────cancel───────┼───────────────▶ canceled
+      └──(deadline)─────┴───────────────▶ expired: not one step made in time
 
 Two kinds of job go this way: customizing and training. Everything here crosses a process boundary as JSON (`encode`
 / `decode`) and is validated on the way in. A job carries artifact keys, never pixels: its record stays under 4 KiB
@@ -27,16 +28,40 @@ Outcome = Literal["hit", "miss"]
 Priority = Literal["interactive", "batch"]
 
 
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """Where to tell of a job's changes: of each (`status`), or of its end (`terminal`)."""
+
+    url: str
+    events: tuple[Literal["status", "terminal"], ...] = ("terminal",)
+
+
 class Identified(Protocol):
-    """Any kind of job."""
+    """Any kind of job, of one tenant. `fetching`: not all that it needs is in the artifact store yet."""
 
     @property
     def id(self) -> str: ...
 
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def webhook(self) -> Webhook | None: ...
+
+    @property
+    def fetching(self) -> bool: ...
+
+
+class Steps(Protocol):
+    """Any kind of progress."""
+
+    @property
+    def step(self) -> int: ...
+
 
 T = TypeVar("T")
 JobT = TypeVar("JobT", bound=Identified)
-ProgressT = TypeVar("ProgressT")
+ProgressT = TypeVar("ProgressT", bound=Steps)
 ResultT = TypeVar("ResultT")
 
 
@@ -56,7 +81,10 @@ class JobStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReferenceInput:
-    """One occupied slot. `image` and `mask` are artifact keys (sha256 hex); `slot` is 1-based, never compacted."""
+    """One occupied slot. `image` and `mask` are artifact keys (sha256 hex); `slot` is 1-based, never compacted.
+
+    `url`: whence the image is still to be fetched; until then `image` is empty.
+    """
 
     slot: int
     role: Role
@@ -64,6 +92,7 @@ class ReferenceInput:
     mask: str | None = None
     resolution: int | None = None
     on_no_face: Literal["fail", "subject"] = "fail"
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +116,23 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """A published adapter, its version pinned, and how much of it: 0 is the served model, 1 the adapter itself."""
+
+    name: str
+    version: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class CustomizeJob:
     """One accepted request, complete: the worker needs nothing else but the artifacts it names.
 
     Attributes:
         tenant: whose job it is; what a worker keeps of it serves that tenant alone.
         priority: somebody waits for it, or nobody; see `planner`.
+        previews: a small picture of how far it is every so many steps; 0: none.
+        request_id, traceparent: of the request that brought it, the latter as W3C has it.
     """
 
     id: str
@@ -106,6 +146,16 @@ class CustomizeJob:
     metadata: dict[str, str] = field(default_factory=dict[str, str])
     tenant: str = "default"
     priority: Priority = "interactive"
+    webhook: Webhook | None = None
+    adapter: AdapterUse | None = None
+    previews: int = 0
+    request_id: str = ""
+    traceparent: str | None = None
+
+    @property
+    def fetching(self) -> bool:
+        """Whether a reference is still to be fetched."""
+        return any(not reference.image for reference in self.references)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +191,12 @@ class ImageArtifact:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What a worker commits: pictures and seconds by phase (`preprocess_s`, `encode_s`, `denoise_s`, `decode_s`).
+    """What a worker commits: pictures and seconds by phase (`adapt_s` if it names an adapter, `preprocess_s`,
+    `encode_s`, `denoise_s`, `decode_s`).
 
     Attributes:
-        cache: what of the request the worker had kept: `prompt`, `negative` (if it was read), `reference_<slot>`.
+        cache: what of the request the worker had kept: `prompt`, `negative` (if it was read), `reference_<slot>`,
+            `adapter` (if it named one).
     """
 
     images: tuple[ImageArtifact, ...]
@@ -166,6 +218,13 @@ class TrainingJob:
     recipe: dict[str, Any]
     dataset: str | None = None
     metadata: dict[str, str] = field(default_factory=dict[str, str])
+    tenant: str = "default"
+    webhook: Webhook | None = None
+
+    @property
+    def fetching(self) -> bool:
+        """Never: its dataset lies where the worker is."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +253,10 @@ class TrainingResult:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord(Generic[JobT, ProgressT, ResultT]):
-    """The ledger's whole knowledge of a job at one moment. Times are Unix seconds by Redis' clock."""
+    """The ledger's whole knowledge of a job at one moment. Times are Unix seconds by Redis' clock.
+
+    `start_by`: it expires if no step is made by then.
+    """
 
     job: JobT
     status: JobStatus
@@ -206,6 +268,7 @@ class JobRecord(Generic[JobT, ProgressT, ResultT]):
     cancel_requested: bool = False
     result: ResultT | None = None
     error: JobError | None = None
+    start_by: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

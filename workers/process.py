@@ -12,7 +12,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
@@ -20,12 +21,14 @@ from typing import Any, Protocol
 
 import redis
 import structlog
+from prometheus_client import CollectorRegistry
 from redis.exceptions import RedisError
 from rq.exceptions import StopRequested
 
 from workers import queues
-from workers.caretaker import Caretaker, Claim
+from workers.caretaker import Caretaker, Holder
 from workers.delivery import DeliveryWorker
+from workers.exposition import PortTakenError, open_exposition
 from workers.jobs import AnyKind
 from workers.ledger import Ledger
 from workers.redis_process import find_redis
@@ -42,11 +45,9 @@ class BrokenRunnerError(Exception):
     """The runner's device is lost: another process has to go on."""
 
 
-class Runner(Protocol):
-    """Runs claimed jobs of one kind. `claims` are those in hand; `broken`: it cannot go on in this process."""
+class Runner(Holder, Protocol):
+    """Runs claimed jobs of one kind. `broken`: it cannot go on in this process."""
 
-    @property
-    def claims(self) -> Sequence[Claim]: ...
     @property
     def broken(self) -> bool: ...
 
@@ -102,10 +103,19 @@ class Station:
 
 
 class WorkerProcess:
-    """One worker process. `card` is what it announces beside its state."""
+    """One worker process.
 
-    def __init__(self, station: Station, card: dict[str, Any]) -> None:
+    Args:
+        card: what it announces beside its state.
+        registry: what it counts.
+    """
+
+    def __init__(
+        self, station: Station, card: dict[str, Any], settings: QueueSettings, registry: CollectorRegistry
+    ) -> None:
         self.station = station
+        self.settings = settings
+        self.registry = registry
         self.name = f"{socket.gethostname()}.{os.getpid()}"
         self.stop = threading.Event()
         self.card: dict[str, Any] = {"pid": os.getpid(), **card}
@@ -117,6 +127,9 @@ class WorkerProcess:
         Args:
             load: given the process' name, makes the runner and what to add to the card; its errors pass.
             burst: end when no job is left.
+
+        Raises:
+            ConfigurationError: its port for metrics is taken.
         """
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
@@ -127,10 +140,19 @@ class WorkerProcess:
             self.station.open_ledger(client),
             self.name,
             card=lambda: {**self.card, "state": self.state()},
-            claims=lambda: self.runner.claims if self.runner else (),
+            holder=lambda: self.runner,
             stall_s=self.station.stall_s,
             sweep=self.station.sweep,
         )
+        try:
+            exposition = open_exposition(
+                self.settings,
+                self.registry,
+                alive=lambda: self._failing(caretaker),
+                ready=lambda: self._unready(caretaker),
+            )
+        except PortTakenError as error:
+            raise ConfigurationError(str(error)) from error
         caretaker.start()
         try:
             runner, details = load(self.name)
@@ -144,6 +166,26 @@ class WorkerProcess:
                 raise BrokenRunnerError
         finally:
             caretaker.halt()
+            if exposition is not None:
+                exposition.close()
+
+    def _failing(self, caretaker: Caretaker) -> Mapping[str, str]:
+        """What only a new process mends."""
+        failed: dict[str, str] = {}
+        if self.runner is not None and self.runner.broken:
+            failed["device"] = "lost"
+        if not caretaker.is_alive() and not self.stop.is_set():
+            failed["caretaker"] = "ended"
+        return failed
+
+    def _unready(self, caretaker: Caretaker) -> Mapping[str, str]:
+        """Why it takes no job now. Redis counts as away once leases may have lapsed."""
+        failed = dict(self._failing(caretaker))
+        if (state := self.state()) in ("loading", "stopping"):
+            failed["model"] = state
+        if time.monotonic() - caretaker.heard_at > self.settings.lease_s:
+            failed["redis"] = "not heard of"
+        return failed
 
     def state(self) -> str:
         """One word for the card."""

@@ -24,6 +24,8 @@ from rq.serializers import JSONSerializer
 from rq.utils import import_attribute
 
 from workers.jobs import CUSTOMIZE, TRAINING, AnyKind
+from workers.ledger_values import Accepted
+from workers.outboxes import Outboxes
 
 QUEUES: Final = {kind.function: kind.queue for kind in (CUSTOMIZE, TRAINING)}
 """Everything that a delivery can make a worker call, and by which queue it travels."""
@@ -98,6 +100,21 @@ def ring(client: redis.Redis, kind: AnyKind, job_id: str, *, at_front: bool = Fa
         return
 
 
+def ring_accepted(ledger: Outboxes[Any, Any, Any], accepted: Accepted) -> None:
+    """Deliver a job that has just been accepted, if it is its turn."""
+    if accepted.called:
+        ring(ledger.redis, ledger.kind, accepted.job_id)
+        ledger.rung([accepted.job_id])
+
+
+def ring_due(ledger: Outboxes[Any, Any, Any]) -> None:
+    """Deliver the jobs that have entered their tenant's window and that nobody rings for; who ends a job calls this."""
+    due = ledger.to_ring()
+    for job_id in due:
+        ring(ledger.redis, ledger.kind, job_id)
+    ledger.rung(due)
+
+
 def ring_again(client: redis.Redis, kind: AnyKind, job_id: str) -> None:
     """Deliver once more, at the front, whatever a lost worker has left of the last delivery."""
     deliveries = queue(client, kind)
@@ -109,8 +126,11 @@ def ring_again(client: redis.Redis, kind: AnyKind, job_id: str) -> None:
 
 
 def ring_missing(client: redis.Redis, kind: AnyKind, job_ids: Iterable[str]) -> list[str]:
-    """Deliver again those of the given queued jobs that RQ does not hold; returns them."""
-    held = set(_texts(client.lrange(queue(client, kind).key, 0, -1)))
+    """Deliver again those of the given queued jobs that RQ does not hold; returns them.
+
+    What was popped a moment ago counts as held: it is about to be claimed, or is found by `popped`.
+    """
+    held = {*_texts(client.lrange(queue(client, kind).key, 0, -1)), *popped(client, kind)}
     missing = [job_id for job_id in job_ids if job_id not in held]
     for job_id in missing:
         ring_again(client, kind, job_id)
@@ -122,6 +142,16 @@ def acknowledge(client: redis.Redis, kind: AnyKind, job_id: str) -> None:
     with client.pipeline() as pipeline:
         _drop(pipeline, queue(client, kind), job_id)
         pipeline.execute()
+
+
+def popped(client: redis.Redis, kind: AnyKind) -> list[str]:
+    """Ids that a worker has popped and not acknowledged: it is about to, or was killed in between."""
+    return _texts(client.lrange(queue(client, kind).intermediate_queue_key, 0, -1))
+
+
+def pending(client: redis.Redis, kind: AnyKind) -> int:
+    """Deliveries that nobody has popped."""
+    return queue(client, kind).count
 
 
 def announce(client: redis.Redis, kind: AnyKind, name: str, card: dict[str, Any], ttl_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -9,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.faults.clients import HEIGHT, WIDTH, Clients, Load, seen
 from tests.faults.crew import Crew
@@ -19,10 +21,12 @@ from workers import pictures, queues
 from workers.artifacts import ArtifactError
 from workers.failpoints import POINTS
 from workers.jobs import CUSTOMIZE, CustomizeRecord, JobStatus
+from workers.ledger import CustomizeLedger
 
 _OVERDUE_S = 5.0
 """A fault that has not happened by then is made to happen from outside."""
 _TICK_S = 0.01
+_BOXES = ("calling", "to_ring", "fetches", "deadlines")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,24 +99,34 @@ def run_campaign(plan: Plan, home: Path, report: Callable[[str], None] = lambda 
 
 def conclude(crew: Crew) -> None:
     """Let the line empty and the workers leave, then note each record and what is left of everything else."""
-    deliveries = queues.queue(crew.client, CUSTOMIZE)
 
     def empty() -> bool:
         crew.tend()
-        return deliveries.count == 0
+        return not (queues.pending(crew.client, CUSTOMIZE) or queues.popped(crew.client, CUSTOMIZE))
 
     wait_for(empty, "the last deliveries")
     crew.leave()
     ids = [str(member, "ascii") for member in crew.client.zrange(f"{CUSTOMIZE.root}jobs", 0, -1)]
     records = [record for job_id in ids if (record := crew.ledger.get(job_id)) is not None]
+    messages = _messages(crew.ledger)
     for record in records:
         token = crew.client.hget(f"{CUSTOMIZE.root}job:{record.job.id}", "token")
-        note_final(crew, record, int(token) if token else None)
+        note_final(crew, record, int(token) if token else None, messages.get(record.job.id, []))
     crew.history.note("drained", **_left(crew, records))
 
 
-def note_final(crew: Crew, record: CustomizeRecord, token: int | None) -> None:
-    """A record and what is wrong with its pictures."""
+def _messages(ledger: CustomizeLedger) -> dict[str, list[list[Any]]]:
+    """What webhooks would be told of each job, in order."""
+    found: dict[str, list[tuple[int, list[Any]]]] = {}
+    while due := ledger.due_webhooks(200):
+        for message in due:
+            change = [*json.loads(message.data).values()]
+            found.setdefault(message.job_id, []).append((int(message.id.rpartition("_")[2]), change))
+    return {job_id: [change for _, change in sorted(changes)] for job_id, changes in found.items()}
+
+
+def note_final(crew: Crew, record: CustomizeRecord, token: int | None, messages: list[list[Any]]) -> None:
+    """A record, what was told of it, and what is wrong with its pictures."""
     missing, wrong = [], []
     sampling = record.job.sampling
     for image in record.result.images if record.result else ():
@@ -124,7 +138,15 @@ def note_final(crew: Crew, record: CustomizeRecord, token: int | None) -> None:
         drawn = picture(record.job.prompt, image.seed, sampling.num_inference_steps, HEIGHT, WIDTH)
         if data != pictures.encode(drawn, "png"):
             wrong.append(image.name)
-    crew.history.note("final", **seen(record), token=token, missing=missing, wrong=wrong)
+    events, gap = crew.ledger.events(record.job.id, limit=1000)
+    story = [[*json.loads(event.data).values()] for event in events if event.kind == "status"]
+    told = {"story": None if gap else story, "messages": messages, "asked": _asked(record)}
+    crew.history.note("final", **seen(record), token=token, missing=missing, wrong=wrong, **told)
+
+
+def _asked(record: CustomizeRecord) -> str | None:
+    """Of what a webhook is to be told."""
+    return record.job.webhook.events[0] if record.job.webhook else None
 
 
 def _strike(crew: Crew, fault: Fault, draw: random.Random) -> bool:
@@ -173,15 +195,13 @@ def _left(crew: Crew, records: list[CustomizeRecord]) -> dict[str, int]:
         for status in JobStatus
         for member in crew.client.zrange(f"{CUSTOMIZE.root}status:{status}", 0, -1)
     }
-    crew.history.note(
-        "stranded",
-        popped=crew.client.llen(deliveries.intermediate_queue_key),
-        hashes=len(list(crew.client.scan_iter("rq:job:*"))),
-    )
     named = {image.name for record in records if record.result for image in record.result.images}
     return {
         "leases": crew.client.zcard(f"{CUSTOMIZE.root}leases"),
-        "deliveries": deliveries.count,
+        "deliveries": deliveries.count + len(queues.popped(crew.client, CUSTOMIZE)),
+        "hashes of deliveries": len(list(crew.client.scan_iter("rq:job:*"))),
+        **{f"entries in {box}": int(crew.client.zcard(f"{CUSTOMIZE.root}{box}")) for box in _BOXES},
+        "lines and windows": sum(1 for _ in crew.client.scan_iter(f"{CUSTOMIZE.root}[lw]in[ed]*:*")),
         "misfiled records": len(filed ^ {(record.status, record.job.id) for record in records}),
         **_sweep(crew, named),
     }

@@ -6,8 +6,9 @@
 | I2 | at most one commit is taken per job, by its record's token; its pictures are there and the right ones |
 | I3 | a terminal state never changes, and attempts only grow |
 | I4 | nothing is claimed that was not submitted, and no token is given twice |
-| I5 | what polls and cancels were answered agrees with the record in the end, and lists with records |
-| I6 | no lease, delivery, temporary file or picture without a record is left |
+| I5 | what polls and cancels were answered agrees with the record in the end, and lists with records; the events are a
+walk that ends there, and webhooks are to be told just that |
+| I6 | no lease, delivery, entry of a line or an outbox, temporary file or picture without a record is left |
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from tests.faults.history import Event
@@ -40,7 +42,7 @@ class Verdict:
         reclaims: seconds from a kill to the next claim of each job that the worker held.
         ends: how many jobs ended how, failures by their code.
         faults: how many there were, by event and by the failpoint.
-        debris: what lost workers left in the store, to be swept, and in RQ, where nobody looks for ended jobs.
+        debris: what lost workers left in the store, to be swept.
     """
 
     violations: tuple[Violation, ...]
@@ -65,6 +67,7 @@ def check(events: Sequence[Event]) -> Verdict:
         *_ends(accepted, final),
         *_commits(committed, final),
         *_stays(by_kind["observed"] + by_kind["cancel"], final),
+        *_stories(final),
         *_claims(by_kind["claim"], {event["job"] for event in by_kind["submit"]}),
         *_drained(by_kind["drained"]),
     ]
@@ -77,10 +80,7 @@ def check(events: Sequence[Event]) -> Verdict:
         faults=dict(Counter(_fault(event) for kind in ("kill", "stop", "redis_kill") for event in by_kind[kind])),
         reclaims=tuple(reclaims(events)),
         debris={
-            name: number
-            for event in by_kind["swept"] + by_kind["stranded"]
-            for name, number in event.items()
-            if name not in ("at", "event")
+            name: number for event in by_kind["swept"] for name, number in event.items() if name not in ("at", "event")
         },
     )
 
@@ -190,6 +190,27 @@ def _stays(answers: Sequence[Event], final: dict[str, Event]) -> list[Violation]
             if after["attempt"] < view["attempt"]:
                 found.append(Violation(promise, job, f"attempt {view['attempt']} and then {after['attempt']}"))
     return found
+
+
+def _stories(final: dict[str, Event]) -> list[Violation]:
+    """Events and messages of each job, held against the record."""
+    found: list[Violation] = []
+    for job, record in sorted(final.items()):
+        story, last = record["story"], [record["status"], record["attempt"]]
+        if not story or story[0] != ["queued", 1] or story[-1] != last:
+            found.append(Violation("I5", job, f"is {last}, and its events are {story}"))
+            continue
+        for before, after in pairwise(story):
+            if after[0] not in _NEXT.get(before[0], ()) or after[1] - before[1] not in _CHARGES.get(after[0], (0,)):
+                found.append(Violation("I5", job, f"went from {before} to {after}"))
+        wanted = {"status": story, "terminal": story[-1:]}.get(record["asked"] or "", [])
+        if record["messages"] != wanted:
+            found.append(Violation("I5", job, f"its webhook is told {record['messages']} instead of {wanted}"))
+    return found
+
+
+_NEXT = {"queued": ("running", "canceled", "expired", "failed"), "running": ("queued", *TERMINAL)}
+_CHARGES = {"queued": (0, 1)}
 
 
 def _claims(claims: Sequence[Event], submitted: set[str]) -> list[Violation]:

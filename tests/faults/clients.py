@@ -13,17 +13,20 @@ from redis.exceptions import RedisError
 
 from tests.faults.history import Event, History
 from workers import queues
-from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, JobStatus, Sampling
+from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, JobStatus, Sampling, Webhook
 from workers.ledger import CustomizeLedger, Ledger
 
 T = TypeVar("T")
 WIDTH, HEIGHT = 16, 32
-ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELED)
+ENDED = tuple(status for status in JobStatus if status.terminal)
+WINDOW = 20
+"""A tenant's; of three tenants with this many each in RQ, jobs wait in lines most of the time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the clients do: `jobs` with at most `waiting` unended, a share of them canceled, sent twice or never sent.
+    """What the clients do: `jobs` with at most `waiting` unended, a share of them canceled, sent twice, never sent, to
+    be begun within moments, or accepted by a gateway that dies before it rings.
 
     A ghost is a delivery for a job that was never accepted.
     """
@@ -33,13 +36,23 @@ class Load:
     canceled: float = 0.05
     repeated: float = 0.05
     ghosts: float = 0.02
+    hurried: float = 0.05
+    unrung: float = 0.05
 
 
 def some_job(number: int, draw: random.Random) -> CustomizeJob:
-    """One of few steps and one or two pictures."""
+    """One of few steps and one or two pictures, of some tenant; some want to be told of changes."""
     sampling = Sampling(WIDTH, HEIGHT, draw.randint(1, 5), 4.5, 4.5, draw.randrange(2**64))
     return CustomizeJob(
-        f"job_{number}", "standin", f"toy {number}", "", (), sampling, num_images=draw.choice((1, 1, 2))
+        f"job_{number}",
+        "standin",
+        f"toy {number}",
+        "",
+        (),
+        sampling,
+        num_images=draw.choice((1, 1, 2)),
+        tenant=draw.choice(("a", "a", "a", "b", "c")),
+        webhook=draw.choice((None, None, Webhook("https://x.example"), Webhook("https://x.example", ("status",)))),
     )
 
 
@@ -107,9 +120,10 @@ class Clients:
                 self._cancel_due(ledger, cancels)
                 time.sleep(0.005)
             job = some_job(number, self._draw)
-            self._send(ledger, job)
+            within = self._draw.choice((0.05, 0.5, 5.0)) if self._draw.random() < self.load.hurried else None
+            self._send(ledger, job, within)
             if self._draw.random() < self.load.repeated:
-                self._send(ledger, job)
+                self._send(ledger, job, within)
             if self._draw.random() < self.load.ghosts:
                 insist(lambda number=number: queues.ring(ledger.redis, CUSTOMIZE, f"ghost_{number}"), self._closed)
             if self._draw.random() < self.load.canceled:
@@ -120,11 +134,12 @@ class Clients:
             time.sleep(0.005)
         self.done.set()
 
-    def _send(self, ledger: CustomizeLedger, job: CustomizeJob) -> None:
+    def _send(self, ledger: CustomizeLedger, job: CustomizeJob, within_s: float | None) -> None:
         """As the gateway does: accept, ring, answer. Whoever gets no answer sends the same again."""
         self.history.note("submit", job=job.id)
-        insist(lambda: ledger.accept(job), self._closed)
-        insist(lambda: queues.ring(ledger.redis, CUSTOMIZE, job.id), self._closed)
+        accepted = insist(lambda: ledger.accept(job, start_within_s=within_s), self._closed)
+        if accepted is not None and self._draw.random() >= self.load.unrung:
+            insist(lambda: queues.ring_accepted(ledger, accepted), self._closed)
         if not self._closed.is_set():
             self.history.note("accepted", job=job.id)
             if not self.jobs or self.jobs[-1].id != job.id:
@@ -154,4 +169,4 @@ class Clients:
             time.sleep(0.02)
 
     def _connect(self) -> CustomizeLedger:
-        return Ledger(queues.connect(self._url), CUSTOMIZE)
+        return Ledger(queues.connect(self._url), CUSTOMIZE, tenant_window=WINDOW)

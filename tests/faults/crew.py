@@ -15,6 +15,7 @@ from types import TracebackType
 
 from redis.exceptions import RedisError
 
+from tests.faults.clients import WINDOW
 from tests.faults.history import History
 from workers import queues
 from workers.artifacts import ArtifactStore
@@ -57,7 +58,7 @@ class Crew:
         self.redis: RedisProcess = start_redis(home)
         self.url = self.redis.url
         self.client = queues.connect(self.url)
-        self.ledger: CustomizeLedger = Ledger(self.client, CUSTOMIZE, lease_s=lease_s)
+        self.ledger: CustomizeLedger = Ledger(self.client, CUSTOMIZE, lease_s=lease_s, tenant_window=WINDOW)
         self.members: list[Member] = []
         self.kills = self.stops = self.redis_kills = 0
 
@@ -152,6 +153,7 @@ class Crew:
             "DREAMSERVE_STATE_DIR": str(self.home),
             "DREAMSERVE_LEASE_S": str(self.lease_s),
             "DREAMSERVE_JOBS_IN_HAND": "8",
+            "DREAMSERVE_TENANT_WINDOW": str(WINDOW),
             "DREAMSERVE_LOG_LEVEL": "warning",
             "FAULTS_HISTORY": str(self.history.path),
             "FAULTS_VARIANT": self.variant,

@@ -80,8 +80,9 @@ class _Drilling:
         job = some_job(self.jobs, self.draw)
         self.jobs += 1
         self.crew.history.note("submit", job=job.id)
-        assert self.crew.ledger.accept(job)
-        queues.ring(self.crew.client, CUSTOMIZE, job.id)
+        accepted = self.crew.ledger.accept(job)
+        assert accepted.outcome == "new"
+        queues.ring_accepted(self.crew.ledger, accepted)
         self.crew.history.note("accepted", job=job.id)
         return job.id
 

@@ -9,9 +9,10 @@
 | `spawn`, `exit`, `kill`, `arm`, `stop`, `resume` | crew | of the worker `pid` |
 | `redis_kill`, `redis_up` | crew | |
 | `claim`, `commit` | worker `pid` | what the ledger answered; `commit` without `taken` is one that begins |
-| `final` | campaign | each record in the end; `missing` and `wrong`: pictures not to be read, or of other pixels |
-| `swept`, `stranded` | campaign | what lost workers left: files to be swept, deliveries that RQ holds for ended jobs |
-| `drained` | campaign | what is left of leases, deliveries, temporary files and pictures that no record names |
+| `final` | campaign | each record in the end; `missing`, `wrong`: pictures not to be read, of other pixels |
+| | | `story`: its status events; `messages`: what its webhook is to be told, which `asked` for that |
+| `swept` | campaign | files that lost workers left |
+| `drained` | campaign | what is left of leases, deliveries, lines, temporary files and pictures that no record names |
 """
 
 from __future__ import annotations

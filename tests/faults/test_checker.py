@@ -14,6 +14,10 @@ IMAGES = [["job_1.2.0.png", "ab"]]
 DRAINED = {"leases": 0, "deliveries": 0, "temporary files": 0}
 
 
+STORY = [["queued", 1], ["running", 1], ["queued", 2], ["running", 2], ["succeeded", 2]]
+TOLD = {"story": STORY, "messages": STORY[-1:], "asked": "terminal"}
+
+
 def view(event: str, at: float, **changes: Any) -> Event:
     """A record as somebody saw it."""
     shown: Event = {
@@ -43,7 +47,7 @@ def good() -> list[Event]:
         {"at": 5.4, "event": "commit", "job": "job_1", "token": 2, "pid": 11},
         {"at": 5.6, "event": "commit", "job": "job_1", "token": 2, "pid": 11, "taken": True},
         ended("observed", 6.0),
-        ended("final", 7.0, token=2, missing=[], wrong=[]),
+        ended("final", 7.0, token=2, missing=[], wrong=[], **TOLD),
         {"at": 8.0, "event": "drained", **DRAINED},
     ]
 
@@ -92,10 +96,19 @@ ZOMBIE: Event = {"at": 6.5, "event": "commit", "job": "job_1", "token": 1, "pid"
         (also(view("observed", 6.2)), "I3"),
         (also({"at": 4.0, "event": "claim", "job": "ghost", "token": 9, "pid": 10}), "I4"),
         (also({"at": 6.0, "event": "claim", "job": "job_1", "token": 2, "pid": 10}), "I4"),
-        (also(ended("final", 7.0, job="ghost", token=None, missing=[], wrong=[])), "I4"),
+        (also(ended("final", 7.0, job="ghost", token=None, missing=[], wrong=[], **TOLD)), "I4"),
         (also(ended("cancel", 4.0, status="canceled", images=None)), "I5"),
         (also(ended("observed", 6.2, job="job_2")), "I5"),
         (also(view("cancel", 4.0, attempt=3)), "I5"),
+        (final(story=None), "I5"),
+        (final(story=STORY[1:]), "I5"),
+        (final(story=STORY[:-1]), "I5"),
+        (final(story=[*STORY[:2], *STORY[3:]]), "I5"),
+        (final(story=[*STORY, *STORY[-1:]]), "I5"),
+        (final(messages=[]), "I5"),
+        (final(messages=STORY[-1:] * 2), "I5"),
+        (final(asked="status"), "I5"),
+        (final(asked=None), "I5"),
         (lambda events: [event | {"leases": 1} if event["event"] == "drained" else event for event in events], "I6"),
         (without("drained"), "I6"),
     ],

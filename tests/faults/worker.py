@@ -13,19 +13,22 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import redis
+from prometheus_client import CollectorRegistry
 
 from tests.faults.history import History
-from tests.workers.standin import StandinPipeline
+from tests.workers.standin import Run, StandinPipeline
 from workers import failpoints, ledger_scripts
 from workers.artifacts import ArtifactStore
 from workers.inference.runner import JobRunner
+from workers.inference.turns import Turns
 from workers.inference.worker import open_station
+from workers.inference.works import Work
 from workers.jobs import CUSTOMIZE, CustomizeJob, JobResult, Progress
 from workers.ledger import Ledger
 from workers.logs import configure_logging
@@ -45,8 +48,8 @@ class WitnessLedger(Ledger[CustomizeJob, Progress, JobResult]):
 
     history: History
 
-    def claim(self, job_id: str, worker: str) -> int | None:
-        token = super().claim(job_id, worker)
+    def claim(self, job_id: str, worker: str, *, waits: bool = False) -> int | None:
+        token = super().claim(job_id, worker, waits=waits)
         if token is not None:
             self.history.note("claim", job=job_id, token=token, pid=os.getpid())
         return token
@@ -100,12 +103,33 @@ class HastyLedger(WitnessLedger):
         return taken
 
 
+class Crowd(Turns):
+    """Control: whatever it did to its workers, a job goes on beside any other."""
+
+    def next(self, at_work: Sequence[Work]) -> Work | None:  # noqa: ARG002
+        return super().next(())
+
+
+class CrowdedRunner(JobRunner):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._turns = Crowd(self.settings.jobs_in_hand)
+
+
 VARIANTS: dict[str, type[WitnessLedger]] = {
     "product": WitnessLedger,
+    "crowded": WitnessLedger,
     "unfenced": UnfencedLedger,
     "hasty": HastyLedger,
     "forgetful": ForgetfulLedger,
 }
+
+
+def step(run: Run) -> None:
+    """Take a little time; a job that asks for poison takes the process with it."""
+    if "poison" in run.request.prompt:
+        os._exit(9)
+    time.sleep(STEP_S)
 
 
 def unfenced(script: str) -> str:
@@ -120,12 +144,13 @@ def main() -> None:
     """Serve until stopped."""
     settings = WorkerSettings()
     configure_logging(settings.log_level)
-    kind = VARIANTS[os.environ["FAULTS_VARIANT"]]
+    variant = os.environ["FAULTS_VARIANT"]
+    kind = VARIANTS[variant]
     store = LateStore(settings.artifact_root) if kind is HastyLedger else ArtifactStore(settings.artifact_root)
     history = History(Path(os.environ["FAULTS_HISTORY"]))
 
     def open_ledger(client: redis.Redis) -> WitnessLedger:
-        ledger = kind(client, CUSTOMIZE, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s)
+        ledger = kind(client, CUSTOMIZE, lease_s=settings.lease_s, tenant_window=settings.tenant_window)
         ledger.history = history
         if isinstance(ledger, HastyLedger) and isinstance(store, LateStore):
             ledger.store = store
@@ -135,11 +160,12 @@ def main() -> None:
 
     def load(name: str) -> tuple[JobRunner, dict[str, str]]:
         ledger = open_ledger(station.connect())
-        return JobRunner(StandinPipeline(lambda _run: time.sleep(STEP_S)), ledger, store, settings, name), {}
+        runner = CrowdedRunner if variant == "crowded" else JobRunner
+        return runner(StandinPipeline(step), ledger, store, settings, name), {}
 
     failpoints.arm(os.environ.get("DREAMSERVE_FAILPOINTS", ""))
     threading.Thread(target=_listen, args=(failpoints.arm,), daemon=True).start()
-    WorkerProcess(station, {}).run(load, burst=False)
+    WorkerProcess(station, {}, settings, CollectorRegistry()).run(load, burst=False)
 
 
 def _listen(arm: Callable[[str], None]) -> None:

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 import pytest
 import redis
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
 from workers import queues
-from workers.caretaker import Caretaker, Claim
+from workers.caretaker import Caretaker, Claim, IdleWatch, to_hand_over
 from workers.jobs import CUSTOMIZE, JobStatus
 from workers.ledger import Ledger
 
 
-def caretaker_of(client: redis.Redis, claim: Claim | None) -> Caretaker:
+@dataclass
+class Hands:
+    """Holds claims, and notes what it is told."""
+
+    claims: list[Claim] = field(default_factory=list[Claim])
+    heard: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    gave: int = 0
+    tidied: int = 0
+
+    def hear(self, job_id: str, reason: str) -> None:
+        self.heard.append((job_id, reason))
+
+    def hand_over(self) -> None:
+        self.gave += 1
+
+    def tidy(self) -> None:
+        self.tidied += 1
+
+
+def caretaker_of(client: redis.Redis, hands: Hands | None) -> Caretaker:
     ledger = Ledger(client, CUSTOMIZE, lease_s=30.0)
     return Caretaker(
         client,
@@ -22,7 +45,7 @@ def caretaker_of(client: redis.Redis, claim: Claim | None) -> Caretaker:
         ledger,
         "w",
         card=lambda: {"state": "ready"},
-        claims=lambda: [claim] if claim else [],
+        holder=lambda: hands,
         stall_s=600.0,
         sweep=lambda: None,
     )
@@ -45,7 +68,9 @@ def test_own_lease_comes_first_unless_stalled(
 ) -> None:
     """After an outage a living worker keeps its job; one whose forward hangs gives it up."""
     token = lapsed(client, make_job)
-    caretaker_of(client, Claim("job_1", token, time.monotonic() - idle_s)).round()
+    hands = Hands([Claim("job_1", token, time.monotonic() - idle_s)])
+    caretaker_of(client, hands).round()
+    assert hands.tidied == 1
     record = Ledger(client, CUSTOMIZE).get("job_1")
     assert record is not None and record.status is status
     assert queues.queue(client, CUSTOMIZE).get_job_ids() == ([] if status is JobStatus.RUNNING else ["job_1"])
@@ -71,3 +96,92 @@ def test_halt_ends_the_thread_and_takes_the_card(client: redis.Redis) -> None:
     caretaker.halt()
     assert not caretaker.is_alive()
     assert queues.workers(client, CUSTOMIZE) == []
+
+
+def test_a_claim_hears_what_its_beats_are_answered(client: redis.Redis, make_job: MakeJob) -> None:
+    """A job that waits for its turn makes no step: its cancel, deadline or loss is heard by the round."""
+    ledger = Ledger(client, CUSTOMIZE)
+    hands = Hands()
+    for job_id, within_s in (("job_fine", 3600.0), ("job_late", 0.5), ("job_canceled", None), ("job_lost", None)):
+        ledger.accept(make_job(job_id), start_within_s=within_s)
+        token = ledger.claim(job_id, "w")
+        assert token is not None
+        hands.claims.append(Claim(job_id, token, time.monotonic()))
+    ledger.cancel("job_canceled")
+    ledger.hand_back("job_lost", hands.claims[-1].token)
+    wait_for(lambda: ledger.beat("job_late", hands.claims[1].token) == "expired", "the deadline")
+    caretaker_of(client, hands).round()
+    assert sorted(hands.heard) == [("job_canceled", "canceled"), ("job_late", "expired"), ("job_lost", "lost")]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_worker_killed_between_pop_and_acknowledge(client: redis.Redis, make_job: MakeJob, *, ended: bool) -> None:
+    """What it leaves in RQ goes at the second search, not before; a job that still waits is delivered again."""
+    ledger = Ledger(client, CUSTOMIZE, lease_s=0.0)
+    queues.ring_accepted(ledger, ledger.accept(make_job("job_1")))
+    line = queues.queue(client, CUSTOMIZE)
+    assert client.lmove(line.key, line.intermediate_queue_key) == b"job_1", "as RQ's worker pops"
+    if ended:
+        ledger.cancel("job_1")
+    caretaker = caretaker_of(client, None)
+    caretaker.ledger = ledger if ended else Ledger(client, CUSTOMIZE, lease_s=3600.0)
+    caretaker.search()
+    assert queues.popped(client, CUSTOMIZE) == ["job_1"], "its worker may be about to acknowledge it"
+    caretaker.ledger = ledger
+    caretaker.search()
+    assert queues.popped(client, CUSTOMIZE) == []
+    assert line.get_job_ids() == ([] if ended else ["job_1"])
+    assert client.exists("rq:job:job_1") == int(not ended)
+
+
+def test_deliveries_that_go_on_are_left_alone(client: redis.Redis) -> None:
+    """The control: what is popped anew between two searches is never cleared."""
+    caretaker = caretaker_of(client, None)
+    line = queues.queue(client, CUSTOMIZE)
+    for job_id in ("job_1", "job_2", "job_3"):
+        queues.ring(client, CUSTOMIZE, job_id)
+        client.lmove(line.key, line.intermediate_queue_key)
+        caretaker.search()
+        assert queues.popped(client, CUSTOMIZE) == [job_id]
+        queues.acknowledge(client, CUSTOMIZE, job_id)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "peer", "waiting", "gives"),
+    [(3, "ready", 0, 1), (1, "ready", 0, 0), (3, "busy", 0, 0), (3, None, 0, 0), (3, "ready", 1, 0)],
+)
+def test_when_to_hand_over(client: redis.Redis, jobs: int, peer: str | None, waiting: int, gives: int) -> None:
+    """Once, when another has been ready for a second and the queue has nothing for it; and not the last job."""
+    hands = Hands([Claim(f"job_{number}", number, time.monotonic()) for number in range(jobs)])
+    caretaker = caretaker_of(client, hands)
+    for number in range(waiting):
+        queues.ring(client, CUSTOMIZE, f"job_waiting_{number}")
+    began = time.monotonic()
+    while time.monotonic() - began < 1.5 and not hands.gave:
+        if peer is not None:
+            queues.announce(client, CUSTOMIZE, "peer", {"state": peer}, ttl_s=60)
+        caretaker.round()
+    assert hands.gave == gives
+    assert not gives or time.monotonic() - began >= 1.0
+
+
+@given(in_hand=st.integers(0, 64), data=st.data())
+def test_how_many_to_hand_over(in_hand: int, data: st.DataObject) -> None:
+    """At most half of what waits, rounded up, at least one if that leaves one; never the last one in hand."""
+    waiting = data.draw(st.integers(0, in_hand))
+    given_away = to_hand_over(waiting, in_hand)
+    assert 0 <= given_away <= (waiting + 1) // 2
+    assert in_hand == 0 or given_away < in_hand
+    assert given_away > 0 or waiting == 0 or in_hand == 1
+
+
+def test_idle_means_ready_at_every_look() -> None:
+    """A worker that was busy in between, or oneself, is not idle."""
+    watch = IdleWatch("me")
+    cards = [{"name": name, "state": "ready"} for name in ("me", "a", "b")]
+    assert watch.look(cards, 10.0) == []
+    assert watch.look([cards[0], cards[1], {"name": "b", "state": "busy"}], 10.6) == []
+    assert watch.look(cards, 11.0) == ["a"]
+    assert sorted(watch.look(cards, 12.0)) == ["a", "b"]
+    watch.forget()
+    assert watch.look(cards, 12.1) == []

@@ -17,6 +17,7 @@ from workers.jobs import (
     TrainingJob,
 )
 from workers.ledger import CustomizeLedger, DamagedRecordError, Ledger
+from workers.ledger_values import Accepted
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def ledger(client: redis.Redis) -> CustomizeLedger:
 def test_record_comes_back_as_it_went_in(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """Everything of a job survives Redis: text of any script, metadata, 64-bit seeds."""
     job = make_job("job_1", seed=2**64 - 1, prompt='кот "猫" 🐈\n\\', metadata={"order": "42"})
-    assert ledger.accept(job)
+    assert ledger.accept(job) == Accepted("new", "job_1", called=True)
     before = time.time()
     found = record(ledger)
     assert (found.job, found.status, found.attempt) == (job, JobStatus.QUEUED, 1)
@@ -37,18 +38,18 @@ def test_record_comes_back_as_it_went_in(ledger: CustomizeLedger, make_job: Make
 
 def test_accept_twice_changes_nothing(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     """An id is accepted once; a second content under it does not replace the first, nor revive an ended job."""
-    assert ledger.accept(make_job("job_1"))
-    assert not ledger.accept(make_job("job_1"))
-    assert not ledger.accept(make_job("job_1", prompt="another"))
+    assert ledger.accept(make_job("job_1")).outcome == "new"
+    assert ledger.accept(make_job("job_1")).outcome == "known"
+    assert ledger.accept(make_job("job_1", prompt="another")).outcome == "known"
     assert record(ledger).job.prompt == "a toy"
     ledger.cancel("job_1")
-    assert not ledger.accept(make_job("job_1"))
+    assert ledger.accept(make_job("job_1")).outcome == "known"
     assert record(ledger).status is JobStatus.CANCELED
 
 
 def test_lost_replies_of_accept_and_claim(client: redis.Redis, make_job: MakeJob) -> None:
     """A client that resends after a lost reply gets the answer it missed, not a refusal."""
-    for name, first in (("accept", True), ("claim", 1)):
+    for name, first in (("accept", Accepted("new", "job_1", called=True)), ("claim", 1)):
         client.flushall()
         ledger = Ledger(client, CUSTOMIZE)
         script = getattr(ledger, f"_{name}")
@@ -147,7 +148,7 @@ def test_handing_back_charges_nothing(ledger: CustomizeLedger, make_job: MakeJob
     assert ledger.hand_back("job_1", token)
     assert (record(ledger).status, record(ledger).attempt, record(ledger).started_at) == (JobStatus.QUEUED, 1, None)
     assert ledger.position("job_1") == 0
-    assert not ledger.hand_back("job_1", token), "it holds nothing any more"
+    assert ledger.hand_back("job_1", token), "the reply may have been lost"
     assert not ledger.commit("job_1", token, JobResult((), {}))
     assert ledger.reap() == []
     assert ledger.claim("job_1", "another") == token + 1
@@ -206,18 +207,18 @@ def test_list_pages_newest_first(ledger: CustomizeLedger, make_job: MakeJob) -> 
     seen: list[str] = []
     cursor = None
     while True:
-        page, cursor = ledger.list(cursor, 3)
+        page, cursor = ledger.list(None, cursor, 3)
         seen += [found.job.id for found in page]
         ledger.accept(make_job(f"job_late_{len(seen)}"))
         if cursor is None:
             break
     assert seen == [f"job_{number}" for number in reversed(range(7))]
-    canceled, _ = ledger.list(None, 10, JobStatus.CANCELED)
+    canceled, _ = ledger.list(None, None, 10, JobStatus.CANCELED)
     assert [found.job.id for found in canceled] == ["job_4", "job_1"]
-    assert ledger.list(None, 10, JobStatus.SUCCEEDED) == ([], None)
+    assert ledger.list(None, None, 10, JobStatus.SUCCEEDED) == ([], None)
     for wrong in ("-1", "x", "", "1e3", "²"):
         with pytest.raises(ValueError, match="cursor"):
-            ledger.list(wrong, 3)
+            ledger.list(None, wrong, 3)
 
 
 def test_damaged_records_are_named_not_quoted(ledger: CustomizeLedger, client: redis.Redis, make_job: MakeJob) -> None:
@@ -231,11 +232,11 @@ def test_damaged_records_are_named_not_quoted(ledger: CustomizeLedger, client: r
     client.hset(f"{CUSTOMIZE.root}job:job_1", "job", b"\xff\xfe")
     with pytest.raises(DamagedRecordError):
         ledger.get("job_1")
-    assert [found.job.id for found in ledger.list(None, 10)[0]] == ["job_2"]
+    assert [found.job.id for found in ledger.list(None, None, 10)[0]] == ["job_2"]
 
 
 def test_ended_records_are_forgotten(client: redis.Redis, make_job: MakeJob) -> None:
-    """After its time an ended job leaves no key and no index entry; a queued one stays for ever."""
+    """After its time an ended job leaves a tombstone for a week and no index entry; a queued one stays for ever."""
     ledger = Ledger(client, CUSTOMIZE, job_ttl_s=1)
     for job_id in ("job_old", "job_queued"):
         ledger.accept(make_job(job_id))
@@ -245,10 +246,12 @@ def test_ended_records_are_forgotten(client: redis.Redis, make_job: MakeJob) -> 
     while ledger.get("job_old") is not None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert ledger.get("job_old") is None, "the record goes by itself, without anyone's reaping"
-    assert ledger.list(None, 10)[0] == [ledger.get("job_queued")]
+    assert ledger.list(None, None, 10)[0] == [ledger.get("job_queued")]
     ledger.reap()
-    assert client.keys(f"{CUSTOMIZE.root}*old*") == []
-    for index in ("jobs", "status:canceled", "expiring", "leases"):
+    assert client.keys(f"{CUSTOMIZE.root}*old*") == [f"{CUSTOMIZE.root}gone:job_old".encode()]
+    assert ledger.gone("job_old") == "default"
+    assert client.ttl(f"{CUSTOMIZE.root}gone:job_old") == pytest.approx(7 * 86_400, abs=60)
+    for index in ("jobs", "jobs:default", "status:canceled", "status:canceled:default", "expiring", "leases"):
         assert client.zscore(f"{CUSTOMIZE.root}{index}", "job_old") is None
     assert ledger.get("job_queued") is not None
 

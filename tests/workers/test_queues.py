@@ -98,10 +98,12 @@ def test_ring_again_whatever_is_left(client: redis.Redis, left_over: str) -> Non
 
 
 def test_ring_missing_rings_only_the_missing(client: redis.Redis) -> None:
-    """Jobs that RQ holds are left where they are in the line."""
-    queues.ring(client, CUSTOMIZE, "job_1")
-    queues.ring(client, CUSTOMIZE, "job_2")
-    assert queues.ring_missing(client, CUSTOMIZE, ["job_1", "job_2", "job_3"]) == ["job_3"]
+    """Jobs that RQ holds are left where they are in the line, and one that is being taken is not delivered twice."""
+    for job_id in ("job_1", "job_2", "job_taken"):
+        queues.ring(client, CUSTOMIZE, job_id)
+    client.lrem("rq:queue:customize", 0, "job_taken")
+    client.rpush("rq:queue:customize:intermediate", "job_taken")
+    assert queues.ring_missing(client, CUSTOMIZE, ["job_1", "job_2", "job_3", "job_taken"]) == ["job_3"]
     assert sorted(waiting(client)) == ["job_1", "job_2", "job_3"]
 
 
