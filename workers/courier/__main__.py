@@ -1,0 +1,7 @@
+"""`python -m workers.courier`."""
+
+import sys
+
+from workers.courier.worker import main
+
+sys.exit(main())
