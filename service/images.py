@@ -1,4 +1,4 @@
-"""Pictures on their way in: data URL → bytes → proof that they decode → content-addressed artifact.
+"""Pictures on their way in: a data URL → bytes → proof that they decode; or the id of one that was uploaded before.
 
 Decoding takes time and memory: everything here belongs in a worker thread, never on the event loop.
 """
@@ -6,6 +6,7 @@ Decoding takes time and memory: everything here belongs in a worker thread, neve
 from __future__ import annotations
 
 import binascii
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pybase64
@@ -13,6 +14,7 @@ import pybase64
 from service.problems import Fault
 from workers import pictures
 from workers.pictures import PictureError, PictureLimits
+from workers.references import UploadedReference
 
 _PREFIXES = {
     "data:image/png;base64,": "png",
@@ -24,45 +26,61 @@ _NO_DATA_URL = "Send a data URL: data:image/png;base64, (or jpeg, webp) and stri
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Bytes that are known to decode. `size` is (height, width) as decoded, orientation applied."""
+    """A picture that is known to decode: bytes to be stored, or the sha256 of what is stored already.
 
-    data: bytes
+    `size` is (height, width) as decoded, orientation applied.
+    """
+
+    content: bytes | str
     size: tuple[int, int]
 
 
 @dataclass(slots=True)
 class PictureGate:
-    """Reads the pictures of one request, each distinct one once."""
+    """Reads the pictures of one request, each distinct one once.
+
+    `uploaded`: an uploaded reference of whoever asks, by id; being asked for here is a use of it.
+    """
 
     limits: PictureLimits
+    uploaded: Callable[[str], UploadedReference | None]
     faults: list[Fault] = field(default_factory=list[Fault])
     seen: dict[str, Picture] = field(default_factory=dict[str, Picture])
 
-    def read(self, url: str, pointer: str, *, mask: bool = False) -> Picture | None:
-        """The picture of a data URL; None after adding a fault.
+    def read(self, source: str, pointer: str) -> Picture | None:
+        """The picture of a data URL or an id; None after adding a fault.
 
-        Fault codes: `not_enabled`, `image_url_invalid`, `image_type_mismatch`, `image_too_large`,
+        Fault codes: `not_enabled`, `reference_unknown`, `image_url_invalid`, `image_type_mismatch`, `image_too_large`,
         `image_undecodable`, `image_unsupported`.
+
+        Raises:
+            ArtifactError: `storage_unavailable`.
+            redis.exceptions.RedisError: Redis is away.
         """
-        key = f"{mask}{url}" if mask else url
-        if key not in self.seen:
+        if source not in self.seen:
             try:
-                self.seen[key] = self._open(url, mask=mask)
+                self.seen[source] = self._find(source) if source.startswith("ref_") else self._open(source)
             except _RefusedError as refused:
                 self.faults.append(Fault(pointer, refused.code, refused.detail))
                 return None
             except PictureError as error:
                 self.faults.append(Fault(pointer, error.code, error.message))
                 return None
-        return self.seen[key]
+        return self.seen[source]
 
-    def _open(self, url: str, *, mask: bool) -> Picture:
+    def _find(self, ref_id: str) -> Picture:
+        reference = self.uploaded(ref_id)
+        if reference is None:
+            detail = "There is no such uploaded reference, or none any more: upload the picture again."
+            raise _RefusedError("reference_unknown", detail)
+        return Picture(reference.sha256, (reference.height, reference.width))
+
+    def _open(self, url: str) -> Picture:
         data, declared = _decode_url(url, self.limits.max_bytes)
         info = pictures.inspect(data, self.limits)
         if info.format != declared:
             raise _RefusedError("image_type_mismatch", "The content is not of the type that the data URL declares.")
-        pixels = pictures.decode_mask(data, self.limits) if mask else pictures.decode(data, self.limits)
-        return Picture(data, (pixels.shape[0], pixels.shape[1]))
+        return Picture(data, pictures.check(data, self.limits))
 
 
 class _RefusedError(Exception):
@@ -75,9 +93,7 @@ class _RefusedError(Exception):
 def _decode_url(url: str, max_bytes: int) -> tuple[bytes, str]:
     """Bytes and declared format of a data URL; the length is checked before anything is decoded."""
     if url[:8].lower() == "https://":
-        raise _RefusedError("not_enabled", "Fetching https URLs is not enabled on this server: send a data URL.")
-    if url.startswith("ref_"):
-        raise _RefusedError("not_enabled", "Uploaded references are not enabled on this server: send a data URL.")
+        raise _RefusedError("not_enabled", "A mask is not fetched from a URL: send a data URL, or upload it.")
     comma = url.find(",", 0, 64) + 1
     declared = _PREFIXES.get(url[:comma].lower())
     if declared is None:

@@ -1,7 +1,10 @@
-"""Stored bytes: references by their sha256, finished pictures by job, token and number.
+"""Stored bytes: references by tenant and sha256, finished pictures by job, token and number.
 
 Writing is temp file → fsync → rename → directory fsync, so a name either holds all of its bytes or does not
 exist. Only a ledger commit makes a picture's name known; whatever never got that far is swept away by age.
+
+Each tenant's references lie in a directory of their own: the same bytes of two tenants are two files, so nobody finds,
+deletes, or learns by the time that storing takes, what another has stored.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from workers.failpoints import reach
 
@@ -42,14 +48,14 @@ class ArtifactStore:
         self._references = root / "references"
         self._pictures = root / "pictures"
 
-    def put(self, data: bytes) -> str:
-        """Store bytes under their sha256 (hex), which is returned; stored ones only become younger.
+    def put(self, tenant: str, data: bytes) -> str:
+        """Store a tenant's bytes under their sha256 (hex), which is returned; stored ones only become younger.
 
         Raises:
             ArtifactError: `storage_unavailable`.
         """
         key = hashlib.sha256(data).hexdigest()
-        path = self._references / key[:2] / key
+        path = self._reference(tenant, key)
         try:
             if path.is_file() and path.read_bytes() == data:
                 os.utime(path)
@@ -59,28 +65,63 @@ class ArtifactStore:
             raise _unavailable(error) from error
         return key
 
-    def read(self, key: str) -> bytes:
-        """The bytes behind a sha256.
+    @contextmanager
+    def receive(self, tenant: str) -> Generator[Incoming]:
+        """Bytes that come in pieces; what is not kept by the end is gone. The calls on it block.
+
+        Raises:
+            ArtifactError: `storage_unavailable`.
+        """
+        home = self._home(tenant)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=home, suffix=_TEMPORARY)
+        except OSError as error:
+            raise _unavailable(error) from error
+        with os.fdopen(handle, "wb", buffering=0) as file:  # a buffer would be written again by closing
+            try:
+                yield Incoming(file, Path(temporary), home)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+
+    def read(self, tenant: str, key: str) -> bytes:
+        """The bytes behind a tenant's sha256.
 
         Raises:
             ArtifactError: `artifact_missing`, `artifact_corrupt`, `storage_unavailable`.
         """
-        if not _KEY.fullmatch(key):
-            raise _missing()
-        return _read(self._references / key[:2] / key, key)
+        return _read(self._reference(tenant, key), key)
 
-    def require(self, key: str) -> None:
-        """Make sure that something is stored behind a sha256, without reading it.
+    def require(self, tenant: str, key: str) -> None:
+        """Make sure that something is stored behind a tenant's sha256, without reading it.
 
         Raises:
             ArtifactError: `artifact_missing`, `storage_unavailable`.
         """
-        if not _KEY.fullmatch(key):
-            raise _missing()
+        with _found():
+            self._reference(tenant, key).stat()
+
+    def renew(self, tenant: str, key: str) -> None:
+        """Make what is stored behind a tenant's sha256 young again, so that the next sweeps spare it.
+
+        Raises:
+            ArtifactError: `artifact_missing`, `storage_unavailable`.
+        """
+        with _found():
+            os.utime(self._reference(tenant, key))
+
+    def delete(self, tenant: str, key: str) -> None:
+        """Remove what is stored behind a tenant's sha256; absent is as good. A file that is being read is read on.
+
+        Raises:
+            ArtifactError: `artifact_missing`: no sha256; `storage_unavailable`: it is still there.
+        """
+        path = self._reference(tenant, key)
         try:
-            (self._references / key[:2] / key).stat()
+            path.unlink()
+            _sync_directory(path.parent)
         except FileNotFoundError:
-            raise _missing() from None
+            return
         except OSError as error:
             raise _unavailable(error) from error
 
@@ -136,6 +177,15 @@ class ArtifactStore:
         except OSError as error:
             raise _unavailable(error) from error
 
+    def _home(self, tenant: str) -> Path:
+        """A tenant's directory; its name is a digest, because a tenant's own may be anything."""
+        return self._references / hashlib.sha256(tenant.encode()).hexdigest()[:32]
+
+    def _reference(self, tenant: str, key: str) -> Path:
+        if not _KEY.fullmatch(key):
+            raise _missing()
+        return self._home(tenant) / key[:2] / key
+
     def sweep(self, max_age_s: float) -> int:
         """Remove artifacts not written or asked for within `max_age_s`, and unfinished files after an hour.
 
@@ -155,6 +205,55 @@ class ArtifactStore:
         return removed
 
 
+class Incoming:
+    """A reference on its way in. Nothing of it has a name until `keep`."""
+
+    def __init__(self, file: FileIO, path: Path, home: Path) -> None:
+        self._file = file
+        self._path = path
+        self._home = home
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        """Append.
+
+        Raises:
+            ArtifactError: `storage_unavailable`.
+        """
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise _unavailable(error) from error
+        self._digest.update(data)
+        self.size += len(data)
+
+    def read(self) -> bytes:
+        """All that has come.
+
+        Raises:
+            ArtifactError: `storage_unavailable`, `artifact_corrupt`: the disk gives other bytes back.
+        """
+        return _read(self._path, self._digest.hexdigest())
+
+    def keep(self) -> str:
+        """Store it under its sha256 (hex), which is returned; what lies there already is replaced by the same bytes.
+
+        Raises:
+            ArtifactError: `storage_unavailable`.
+        """
+        key = self._digest.hexdigest()
+        path = self._home / key[:2] / key
+        try:
+            path.parent.mkdir(exist_ok=True)
+            _settle(self._file, self._path, path)
+        except OSError as error:
+            raise _unavailable(error) from error
+        return key
+
+
 def _write(path: Path, data: bytes) -> None:
     reach("before_file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,14 +262,23 @@ def _write(path: Path, data: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        reach("before_rename")
-        Path(temporary).replace(path)
+            _settle(file, Path(temporary), path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _settle(file: IO[bytes] | FileIO, temporary: Path, path: Path) -> None:
+    """Give a file that is not buffered any more its name, for good."""
+    os.fsync(file.fileno())
+    reach("before_rename")
+    temporary.replace(path)
     reach("renamed")
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
@@ -178,15 +286,22 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _read(path: Path, sha256: str) -> bytes:
-    try:
+    with _found():
         data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ArtifactError("artifact_corrupt", "A stored file no longer has the bytes it was stored with.")
+    return data
+
+
+@contextmanager
+def _found() -> Generator[None]:
+    """What the file system says of a file that should be there, in this store's words."""
+    try:
+        yield
     except FileNotFoundError:
         raise _missing() from None
     except OSError as error:
         raise _unavailable(error) from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ArtifactError("artifact_corrupt", "A stored file no longer has the bytes it was stored with.")
-    return data
 
 
 def _missing() -> ArtifactError:

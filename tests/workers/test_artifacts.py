@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from workers.artifacts import ArtifactError, ArtifactStore
 
 NAME = "job_1.3.0.png"
+TENANT = "default"
 
 
 def code_of(error: pytest.ExceptionInfo[ArtifactError]) -> str:
@@ -29,32 +30,32 @@ def files(store: ArtifactStore) -> list[Path]:
 def test_what_was_put_is_read(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     """Content addressing: the key is the sha256, and putting the same bytes twice leaves one file."""
     store = ArtifactStore(tmp_path_factory.mktemp("store"))
-    key = store.put(data)
+    key = store.put(TENANT, data)
     assert key == hashlib.sha256(data).hexdigest()
-    assert store.put(data) == key
-    assert store.read(key) == data
+    assert store.put(TENANT, data) == key
+    assert store.read(TENANT, key) == data
     assert len(files(store)) == 1
 
 
 def test_flipped_bit_is_detected_and_mended(store: ArtifactStore) -> None:
     """A reference or picture whose bytes changed on disk is never served; putting it again repairs it."""
-    key = store.put(b"reference")
+    key = store.put(TENANT, b"reference")
     digest = store.publish(NAME, b"picture")
     for path in files(store):
         path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     with pytest.raises(ArtifactError) as reference:
-        store.read(key)
+        store.read(TENANT, key)
     with pytest.raises(ArtifactError) as picture:
         store.read_picture(NAME, digest)
     assert code_of(reference) == code_of(picture) == "artifact_corrupt"
-    store.put(b"reference")
-    assert store.read(key) == b"reference"
+    store.put(TENANT, b"reference")
+    assert store.read(TENANT, key) == b"reference"
 
 
 def test_missing(store: ArtifactStore) -> None:
     """What was never stored is said to be missing, and reading makes no directories."""
     with pytest.raises(ArtifactError) as error:
-        store.read("0" * 64)
+        store.read(TENANT, "0" * 64)
     assert code_of(error) == "artifact_missing"
     with pytest.raises(ArtifactError) as error:
         store.read_picture(NAME, "0" * 64)
@@ -66,7 +67,7 @@ def test_missing(store: ArtifactStore) -> None:
 def test_keys_are_no_paths(store: ArtifactStore, key: str) -> None:
     """Only a sha256 in lower-case hex reaches the file system."""
     with pytest.raises(ArtifactError) as error:
-        store.read(key)
+        store.read(TENANT, key)
     assert code_of(error) == "artifact_missing"
 
 
@@ -80,6 +81,71 @@ def test_names_are_no_paths(store: ArtifactStore, name: str) -> None:
         store.path(name)
     with pytest.raises(ArtifactError):
         store.publish(name, b"x")
+
+
+@pytest.mark.parametrize("foreign", ["b", "A", "../a", "a/", "a\n", ""])
+def test_tenants_share_no_file(store: ArtifactStore, foreign: str) -> None:
+    """What one tenant stored, another neither finds nor deletes, and storing it there is a first time again.
+
+    The control: the same calls of the owner do find, renew and delete it.
+    """
+    key = store.put("a", b"picture")
+    for touch in (store.read, store.require, store.renew):
+        with pytest.raises(ArtifactError) as error:
+            touch(foreign, key)
+        assert code_of(error) == "artifact_missing"
+        touch("a", key)
+    store.delete(foreign, key)
+    assert store.read("a", key) == b"picture"
+    first = store._reference("a", key).stat()
+    assert store.put(foreign, b"picture") == key
+    assert len(files(store)) == 2, "the same bytes are two files: the time to store them tells nothing"
+    assert store._reference("a", key).stat() == first
+    store.delete("a", key)
+    assert store.read(foreign, key) == b"picture"
+    with pytest.raises(ArtifactError):
+        store.require("a", key)
+
+
+@settings(max_examples=20, deadline=None)
+@given(pieces=st.lists(st.binary(max_size=50), max_size=5))
+def test_what_came_in_pieces_is_read(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]) -> None:
+    """A received reference is the same as one that was put whole, again and again."""
+    store = ArtifactStore(tmp_path_factory.mktemp("store"))
+    data = b"".join(pieces)
+    for _ in range(2):
+        with store.receive(TENANT) as incoming:
+            for piece in pieces:
+                incoming.write(piece)
+            assert (incoming.size, incoming.read()) == (len(data), data)
+            assert incoming.keep() == hashlib.sha256(data).hexdigest()
+    assert store.read(TENANT, store.put(TENANT, data)) == data
+    assert len(files(store)) == 1
+
+
+def test_what_is_not_kept_is_gone(store: ArtifactStore) -> None:
+    """An upload that is refused, or breaks off, leaves no byte behind."""
+    with store.receive(TENANT) as incoming:
+        incoming.write(b"half")
+        assert len(files(store)) == 1
+    with pytest.raises(RuntimeError, match="broken off"), store.receive(TENANT) as incoming:
+        incoming.write(b"half")
+        raise RuntimeError("broken off")
+    assert files(store) == []
+
+
+def test_deleting(store: ArtifactStore) -> None:
+    """Deleting is idempotent, takes digests only, and one who has the file open reads on."""
+    key = store.put(TENANT, b"picture")
+    with store._reference(TENANT, key).open("rb") as file:
+        for _ in range(2):
+            store.delete(TENANT, key)
+        assert file.read() == b"picture"
+    assert files(store) == []
+    for wrong in ("../" + key, "", "*"):
+        with pytest.raises(ArtifactError) as error:
+            store.delete(TENANT, wrong)
+        assert code_of(error) == "artifact_missing"
 
 
 def test_published_picture(store: ArtifactStore) -> None:
@@ -97,7 +163,13 @@ def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
     blocked = tmp_path / "secret-file"
     blocked.write_bytes(b"")
     store = ArtifactStore(blocked / "artifacts")
-    for write in (lambda: store.put(b"x"), lambda: store.publish(NAME, b"x"), store.check_writable):
+    writes = (
+        lambda: store.put(TENANT, b"x"),
+        lambda: store.publish(NAME, b"x"),
+        lambda: store.receive(TENANT).__enter__(),
+        store.check_writable,
+    )
+    for write in writes:
         with pytest.raises(ArtifactError) as error:
             write()
         assert code_of(error) == "storage_unavailable"
@@ -107,24 +179,29 @@ def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_full_disk_leaves_nothing_behind(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC in the middle of a write: an error, no file under the name, no unfinished file."""
-    store.put(b"first")
+    store.put(TENANT, b"first")
     before = files(store)
     real = os.fdopen
 
-    def full(handle: int, mode: str) -> object:
+    def full(handle: int, mode: str, **options: int) -> object:
         os.close(handle)
-        return real(os.open("/dev/full", os.O_WRONLY), mode)
+        return real(os.open("/dev/full", os.O_WRONLY), mode, **options)
 
     monkeypatch.setattr(os, "fdopen", full)
     with pytest.raises(ArtifactError) as error:
         store.publish(NAME, b"picture")
     assert code_of(error) == "storage_unavailable"
     assert files(store) == before
+    with pytest.raises(ArtifactError) as error, store.receive(TENANT) as incoming:
+        incoming.write(b"picture")
+        incoming.keep()
+    assert code_of(error) == "storage_unavailable"
+    assert files(store) == before
 
 
 def test_sweep(store: ArtifactStore) -> None:
     """Age decides: old files and old unfinished ones go; what was asked for lately stays."""
-    old, young, asked = store.put(b"old"), store.put(b"young"), store.put(b"asked for")
+    old, young, asked, renewed = (store.put(TENANT, data) for data in (b"old", b"young", b"asked for", b"renewed"))
     store.publish(NAME, b"picture")
     unfinished = store.path(NAME).with_suffix(".part")
     unfinished.write_bytes(b"")
@@ -132,8 +209,9 @@ def test_sweep(store: ArtifactStore) -> None:
     for path in files(store):
         if path.name != young:
             os.utime(path, (past, past))
-    store.put(b"asked for")
+    store.put(TENANT, b"asked for")
+    store.renew(TENANT, renewed)
     assert store.sweep(10_000) == 1, "only the unfinished one is too old for its kind"
     assert store.sweep(4000) == 2
-    assert {path.name for path in files(store)} == {young, asked}
+    assert {path.name for path in files(store)} == {young, asked, renewed}
     assert old not in {path.name for path in files(store)}
