@@ -7,15 +7,17 @@ Turbo adapters come in diffusers' own naming. Both become a mapping from diffuse
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
-from safetensors import SafetensorError
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from model.errors import WeightsError
@@ -62,6 +64,8 @@ class Adapter:
 MAIN = "dreamo.safetensors"
 TURBO = "diffusion_pytorch_model.safetensors"
 EMBEDDINGS = ("dreamo_task_embedding", "dreamo_idx_embedding", "dreamo_t5_embedding")
+_Scale = Callable[[str, int], float]
+"""Of a module's change, by its name and rank."""
 
 
 def stack(version: Version, *, turbo: bool) -> tuple[AdapterFile, ...]:
@@ -90,7 +94,7 @@ def read_adapter(file: Path) -> Adapter:
     """Read a file in either format.
 
     Raises:
-        WeightsError: `weights_missing`, `weights_format` (not safetensors, or no adapter in it),
+        WeightsError: `weights_missing`, `weights_format` (not safetensors, a DoRA, or no adapter in it),
             `weights_key_missing` (half of a pair), `weights_shape` (a fused qkv that is not three equal parts).
     """
     if not file.is_file():
@@ -99,13 +103,16 @@ def read_adapter(file: Path) -> Adapter:
         raise WeightsError("weights_format", f"{file}: only safetensors files are loaded")
     try:
         state = load_file(file)
-    except (SafetensorError, OSError) as error:
+        stated = _stated_scale(file)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError("weights_format", f"{file} is not a whole safetensors file: {error}") from error
+    if any("dora_scale" in key or "lora_magnitude_vector" in key for key in state):
+        raise WeightsError("weights_format", f"{file} is a DoRA, which also scales weights: only LoRA can be read")
     embeddings = {key.removesuffix(".weight"): state.pop(key) for key in list(state) if "embedding" in key}
     if any(_XLABS.search(key) for key in state):
         changes, unused = _from_xlabs(file.name, state)
     else:
-        changes, unused = _from_diffusers(file.name, state)
+        changes, unused = _from_diffusers(file.name, state, stated)
     if not changes:
         raise WeightsError("weights_format", f"{file} holds no adapter for a FLUX transformer")
     return Adapter(str(file), changes, embeddings, unused)
@@ -192,12 +199,35 @@ _PEFT = re.compile(r"^(?:transformer\.|base_model\.model\.)*(.+)\.lora_([AB])(?:
 _ALPHA = re.compile(r"^(?:transformer\.|base_model\.model\.)*(.+)\.alpha$")
 
 
-def _from_diffusers(source: str, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, LowRank], tuple[str, ...]]:
-    """peft names (`transformer.….lora_A.weight`); any other naming goes through diffusers' converters first."""
+def _stated_scale(file: Path) -> _Scale | None:
+    """What diffusers has written into a file's header of the configuration it was trained by; None: nothing."""
+    with safe_open(file, "pt") as opened:
+        stated: dict[str, Any] = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    config = {key.removeprefix("transformer."): value for key, value in stated.items()}
+    if "lora_alpha" not in config:
+        return None
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    usual = float(config["lora_alpha"])
+
+    def scale(module: str, rank: int) -> float:
+        alpha = float(patterns.get(get_pattern_key(list(patterns), module), usual))
+        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+    return scale
+
+
+def _from_diffusers(
+    source: str, state: Mapping[str, torch.Tensor], stated: _Scale | None = None
+) -> tuple[dict[str, LowRank], tuple[str, ...]]:
+    """peft names (`transformer.….lora_A.weight`); any other naming goes through diffusers' converters first.
+
+    Args:
+        stated: goes before the alphas that the file holds as tensors, as in diffusers.
+    """
     if not any(_PEFT.match(key) for key in state):
         try:
             state = cast("dict[str, torch.Tensor]", FluxLoraLoaderMixin.lora_state_dict(dict(state)))
-        except (ValueError, KeyError, NotImplementedError) as error:
+        except (ValueError, KeyError, NotImplementedError, IndexError, RuntimeError, TypeError) as error:
             raise WeightsError("weights_format", f"{source}: no adapter format diffusers knows ({error})") from error
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     alphas: dict[str, float] = {}
@@ -205,14 +235,15 @@ def _from_diffusers(source: str, state: Mapping[str, torch.Tensor]) -> tuple[dic
     for key, tensor in state.items():
         if match := _PEFT.match(key):
             pairs.setdefault(match[1], {})[match[2]] = tensor
-        elif match := _ALPHA.match(key):
+        elif (match := _ALPHA.match(key)) and tensor.numel() == 1:
             alphas[match[1]] = float(tensor)
         else:
             unused.append(key)
     changes: dict[str, LowRank] = {}
     for module, pair in pairs.items():
         down, up = _both(source, module, pair, "A", "B")
-        changes[module] = LowRank(down, up, alphas.get(module, down.shape[0]) / down.shape[0])
+        rank = down.shape[0]
+        changes[module] = LowRank(down, up, stated(module, rank) if stated else alphas.get(module, rank) / rank)
     return changes, tuple(unused)
 
 
@@ -222,4 +253,7 @@ def _both(
     if first not in pair or second not in pair:
         missing = second if first in pair else first
         raise WeightsError("weights_key_missing", f"{source}: {module} has no {missing} matrix")
-    return pair[first], pair[second]
+    down, up = pair[first], pair[second]
+    if down.ndim != 2 or up.ndim != 2 or not len(down) == up.shape[1] > 0:
+        raise WeightsError("weights_shape", f"{source}: {module} is {tuple(up.shape)} x {tuple(down.shape)}")
+    return down, up

@@ -86,18 +86,18 @@ def double_block(
     normed_text = modulate(text, text_mod[0], text_mod[1], text_rows)
     normed_image = modulate(image, image_mod[0], image_mod[1], image_rows)
     own = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.to_q, attn.to_k, attn.to_v)
-    text_qkv = _qkv(attn, own[0], fused[0] if fused else None, normed_text)
-    image_qkv = _qkv(attn, own[1], fused[1] if fused else None, normed_image)
-    norms = _norms(attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k)
-    query, key, value, seen = _attending(text_qkv, image_qkv, norms, site, probe)
+    text_qkv = project(attn, own[0], fused[0] if fused else None, normed_text)
+    image_qkv = project(attn, own[1], fused[1] if fused else None, normed_image)
+    norms = norms_of(attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k)
+    query, key, value, seen = queries_and_keys(text_qkv, image_qkv, norms, site, probe)
     attended = to_stream_order(packed_attention(query, key, value, site.pack).flatten(1), site)
     attended_text, attended_image = attended.split([text.shape[0], image.shape[0]])
-    image = _after_attention(image, attn.to_out[0](attended_image), block.ff, image_mod, image_rows)
-    text = _after_attention(text, attn.to_add_out(attended_text), block.ff_context, text_mod, text_rows)
+    image = after_attention(image, attn.to_out[0](attended_image), block.ff, image_mod, image_rows)
+    text = after_attention(text, attn.to_add_out(attended_text), block.ff_context, text_mod, text_rows)
     return text, image, seen
 
 
-def _after_attention(
+def after_attention(
     stream: Tensor, update: Tensor, feed_forward: nn.Module, vectors: tuple[Tensor, ...], rows: Tensor | None
 ) -> Tensor:
     """The second half of a double block for one of its streams, with its six vectors."""
@@ -123,9 +123,9 @@ def single_block(
     shift, scale, gate = vectors.chunk(3, dim=1)
     attn, rows = block.attn, site.joint_rows
     normed = modulate(joint, shift, scale, rows)
-    qkv = _qkv(attn, (attn.to_q, attn.to_k, attn.to_v), fused[0] if fused else None, normed)
-    norms = _norms(attn.norm_q, attn.norm_k, attn.norm_q, attn.norm_k)
-    query, key, value, seen = _attending(None, qkv, norms, site, probe)
+    qkv = project(attn, (attn.to_q, attn.to_k, attn.to_v), fused[0] if fused else None, normed)
+    norms = norms_of(attn.norm_q, attn.norm_k, attn.norm_q, attn.norm_k)
+    query, key, value, seen = queries_and_keys(None, qkv, norms, site, probe)
     attended = packed_attention(query, key, value, site.pack).flatten(1)
     if last is not None:
         rows = last.rows
@@ -144,19 +144,19 @@ def to_stream_order(joint: Tensor, site: Site) -> Tensor:
     return joint if site.inverse is None else joint.index_select(0, site.inverse)
 
 
-def _qkv(attn: FluxAttention, own: tuple[nn.Module, ...], fused: nn.Module | None, x: Tensor) -> Tensor:
+def project(attn: FluxAttention, own: tuple[nn.Module, ...], fused: nn.Module | None, x: Tensor) -> Tensor:
     """[N, D] → [N, 3, H, d]."""
     if fused is not None:
         return fused(x).unflatten(1, (3, -1, attn.head_dim))
     return torch.stack([layer(x).unflatten(1, (-1, attn.head_dim)) for layer in own], dim=1)
 
 
-def _norms(text_q: nn.Module, text_k: nn.Module, image_q: nn.Module, image_k: nn.Module) -> QKNorms:
+def norms_of(text_q: nn.Module, text_k: nn.Module, image_q: nn.Module, image_k: nn.Module) -> QKNorms:
     layers = cast("tuple[nn.RMSNorm, ...]", (text_q, text_k, image_q, image_k))
     return QKNorms(*(layer.weight for layer in layers), eps=cast("float", layers[0].eps))
 
 
-def _attending(
+def queries_and_keys(
     text_qkv: Tensor | None, image_qkv: Tensor, norms: QKNorms, site: Site, probe: Probe | None
 ) -> tuple[Tensor, Tensor, Tensor, Responses]:
     """Normalised and rotated q and k, and v, [S, H, d] in request order; and what `probe` sees of q and k."""

@@ -98,7 +98,11 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """The parts of a model, on their device."""
+    """The parts of a model, on their device.
+
+    Attributes:
+        main: DreamO's main file, as it is fused into the transformer; None if it is not at hand.
+    """
 
     spec: ModelSpec
     transformer: FluxTransformer2DModel
@@ -106,14 +110,16 @@ class LoadedModel:
     text: PromptEncoder
     codec: LatentCodec
     shift: ShiftRule
+    main: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FusedTransformer:
-    """A transformer with its adapters fused in, and DreamO's three embedding tensors."""
+    """A transformer with its adapters fused in, DreamO's three embedding tensors and, if it is there, its main file."""
 
     transformer: FluxTransformer2DModel
     embeddings: dict[str, torch.Tensor]
+    main: Path | None = None
 
 
 def load_model(source: ModelSource) -> LoadedModel:
@@ -138,7 +144,7 @@ def load_plain(source: ModelSource, embeddings: Mapping[str, torch.Tensor]) -> L
     quiet_libraries()
     base = resolve_base(source.base_model)
     transformer = load_part(FluxTransformer2DModel, base, "transformer", source.torch_dtype())
-    checked = _check_embeddings("the given embeddings", dict(embeddings), transformer)
+    checked = check_embeddings("the given embeddings", dict(embeddings), transformer)
     return _assemble(source, FusedTransformer(transformer, checked))
 
 
@@ -159,7 +165,7 @@ def _assemble(source: ModelSource, fused: FusedTransformer) -> LoadedModel:
     for network in (fused.transformer, text.t5, text.clip, vae):
         cast("torch.nn.Module", network).to(device).eval().requires_grad_(False)
     shift = read_shift_rule(base / "scheduler" / "scheduler_config.json")
-    return LoadedModel(spec, fused.transformer, tables, text, LatentCodec(vae), shift)
+    return LoadedModel(spec, fused.transformer, tables, text, LatentCodec(vae), shift, fused.main)
 
 
 def quiet_libraries() -> None:
@@ -196,10 +202,10 @@ def load_transformer(source: ModelSource) -> FusedTransformer:
     dtype = source.torch_dtype()
     if source.fused is not None:
         transformer = load_part(FluxTransformer2DModel, source.fused, "transformer", dtype)
-        embeddings = _check_embeddings(
+        embeddings = check_embeddings(
             str(source.fused / FUSED_EMBEDDINGS), _load_tensors(source.fused / FUSED_EMBEDDINGS), transformer
         )
-        return FusedTransformer(transformer, embeddings)
+        return FusedTransformer(transformer, embeddings, _main_of(source))
     base = resolve_base(source.base_model)
     directory = source.dreamo or base / "dreamo"
     if not directory.is_dir():
@@ -209,11 +215,17 @@ def load_transformer(source: ModelSource) -> FusedTransformer:
         )
     adapters = [(read_adapter(directory / f.path), f.weight) for f in source.stack()]
     transformer = load_part(FluxTransformer2DModel, base, "transformer", dtype)
-    embeddings = _check_embeddings(adapters[0][0].source, dict(adapters[0][0].embeddings), transformer)
+    embeddings = check_embeddings(adapters[0][0].source, dict(adapters[0][0].embeddings), transformer)
     for adapter, _ in adapters:
         _report_unused(adapter)
     transformer.load_state_dict(fuse(transformer.state_dict(), adapters), strict=False)
-    return FusedTransformer(transformer, embeddings)
+    return FusedTransformer(transformer, embeddings, directory / MAIN)
+
+
+def _main_of(source: ModelSource) -> Path | None:
+    """DreamO's main file, where a model that has it fused in already may leave it out."""
+    file = (source.dreamo or Path(source.base_model) / "dreamo") / MAIN
+    return file if file.is_file() else None
 
 
 def write_fused(source: ModelSource, out: Path) -> None:
@@ -293,7 +305,7 @@ def load_part(kind: Callable[..., T] | type[T], base: Path, folder: str, dtype: 
     return network
 
 
-def _check_embeddings(
+def check_embeddings(
     source: str, embeddings: dict[str, torch.Tensor], transformer: FluxTransformer2DModel
 ) -> dict[str, torch.Tensor]:
     """The three tensors, with the shapes this transformer needs; T5's is checked where T5 is known."""

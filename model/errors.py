@@ -2,6 +2,7 @@
 
     ModelError                  code, message: safe to show to the caller
     ├── WeightsError            a file, key or shape that loading needs is missing or wrong (the operator's to mend)
+    ├── AdapterError            an adapter that a job names cannot be used
     └── UnusableReferenceError  a reference that cannot be prepared (the caller's to mend); names its slot
 
 Imports only the standard library: the gateway maps these codes to its own.
@@ -27,6 +28,10 @@ class WeightsError(ModelError):
     `device_unavailable`, `precision_unavailable`, `adapter_attached`, `output_exists`, `cache_unsafe`,
     `compile_failed`.
     """
+
+
+class AdapterError(ModelError):
+    """Codes: `adapter_corrupt`, `adapter_mismatch`, `adapter_base_missing`."""
 
 
 class UnusableReferenceError(ModelError):

@@ -31,19 +31,25 @@ class Lanes:
         self._pool = ThreadPoolExecutor(count, "lane", initializer=lambda: torch.set_num_threads(threads))
 
     def advance(self, runs: Sequence[Denoising], tokens: Sequence[int]) -> tuple[Denoising, ...]:
-        """All runs one step further, in their order.
+        """All runs one step further, in their order, by the network that all of them were begun with.
 
         Args:
             tokens: of each run, by which they are shared out.
 
         Raises:
+            ValueError: they belong to several networks.
             Exception: whatever a forward raises, once all have ended; then nothing has changed.
         """
+        if not runs:
+            return ()
+        network = runs[0].network
+        if any(run.network != network for run in runs):
+            raise ValueError("runs of several networks cannot share a forward")
         shares = shared_out(tokens, len(self.samplers))
         if len(shares) < 2:
-            return self.samplers[0].advance(runs)
+            return self.samplers[0].advance(runs, network)
         forwards = [
-            self._pool.submit(sampler.advance, [runs[i] for i in share])
+            self._pool.submit(sampler.advance, [runs[i] for i in share], network)
             for sampler, share in zip(self.samplers, shares, strict=False)
         ]
         errors = [error for forward in forwards if (error := forward.exception()) is not None]

@@ -24,6 +24,9 @@ from model.transformer import (
     single_blocks,
 )
 
+_STREAMS = (("add_q_proj", "add_k_proj", "add_v_proj"), ("to_q", "to_k", "to_v"))
+"""What a double block's two projections are made of; a single block has the second alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -93,6 +96,20 @@ def held_projections(model: FluxTransformer2DModel) -> tuple[Projections, ...]:
     """The fused projections that the model holds as layers of its own, under diffusers' names; empty: none."""
     doubles = [(block.attn.to_added_qkv, block.attn.to_qkv) for block in double_blocks(model) if _holds(block)]
     return (*doubles, *((block.attn.to_qkv,) for block in single_blocks(model) if _holds(block)))
+
+
+def projected_layers(network: Network) -> dict[str, tuple[nn.Module, int]]:
+    """Which layer of the network's projections stands for which of the model's own, and as which third of its rows:
+    by diffusers' name.
+    """
+    found: dict[str, tuple[nn.Module, int]] = {}
+    number = len(network.model.transformer_blocks)
+    for place, layers in enumerate(network.projections):
+        double = place < number
+        block = f"transformer_blocks.{place}" if double else f"single_transformer_blocks.{place - number}"
+        for names, layer in zip(_STREAMS if double else _STREAMS[1:], layers, strict=True):
+            found |= {f"{block}.attn.{name}": (layer, third) for third, name in enumerate(names)}
+    return found
 
 
 def _holds(block: nn.Module) -> bool:

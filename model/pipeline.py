@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch._dynamo.exc import TorchDynamoException
 
 from kernels import dispatch
+from model.adapted import Adaptation, LoadedAdapter, load_adapter
 from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.compilation import compiled, keep_graphs
 from model.errors import WeightsError
@@ -30,9 +32,10 @@ from model.noise import Draws, SeededDraws
 from model.packing import Condition, ReferenceTokens
 from model.positions import Grid
 from model.preprocess import Tools, load_tools, prepare_reference, to_tensor_range
+from model.previews import PreviewMap, fit_preview_map
 from model.requests import ImageRequest, Reference
 from model.roles import Role
-from model.sampling import Denoising, Guidance, Sampler
+from model.sampling import Denoising, Guidance, Sampler, begin
 from model.schedule import sigmas
 from model.spec import ModelSpec
 from model.text import PromptEmbeds
@@ -65,12 +68,17 @@ class EncodedReference:
 
 @dataclass(frozen=True, slots=True)
 class EncodedRequest:
-    """A request after both encoders; `start` draws an image's noise from it and reads no pixels of `request`."""
+    """A request after both encoders; `start` draws an image's noise from it and reads no pixels of `request`.
+
+    Attributes:
+        adaptation: what its prompts were encoded with, and its images are drawn by; None: the model as it is served.
+    """
 
     request: ImageRequest
     prompt: PromptEmbeds
     negative: PromptEmbeds | None
     references: tuple[EncodedReference, ...]
+    adaptation: Adaptation | None = None
 
 
 class Pipeline:
@@ -100,6 +108,7 @@ class Pipeline:
         self.tools = tools
         self._network = ready(model.transformer)
         self._compile = compile
+        self._preview_map: PreviewMap | None = None
         self._num_lanes = lanes or lanes_of(model.transformer.device, compiles=compile != "off")
         self._lay_lanes(self._network if compile == "off" else compiled(self._network, compiler))
 
@@ -146,22 +155,33 @@ class Pipeline:
         pixels.setflags(write=False)
         return PreparedReference(reference.slot, reference.role, pixels)
 
-    def encode(self, request: ImageRequest, prepared: Sequence[PreparedReference]) -> EncodedRequest:
+    def load_adapter(self, file: Path) -> LoadedAdapter:
+        """Read an adapter's file onto the device. What is served stays as it is; nobody waits for it but the caller.
+
+        Raises:
+            AdapterError: see `adapted.load_adapter`.
+        """
+        return load_adapter(self.model, Adaptation(self._network, self.model.tables), file)
+
+    def encode(
+        self, request: ImageRequest, prepared: Sequence[PreparedReference], adaptation: Adaptation | None = None
+    ) -> EncodedRequest:
         """Run the text encoders and the VAE encoder; the negative prompt only if true CFG will use it."""
         return self.assemble(
             request,
-            self.encode_prompt(request.prompt),
-            self.encode_prompt(request.negative_prompt) if self.needs_negative(request) else None,
+            self.encode_prompt(request.prompt, adaptation),
+            self.encode_prompt(request.negative_prompt, adaptation) if self.needs_negative(request) else None,
             tuple(self.encode_reference(reference) for reference in prepared),
+            adaptation,
         )
 
     def needs_negative(self, request: ImageRequest) -> bool:
         """Whether true CFG runs at any step, so that the negative prompt is read."""
         return request.true_cfg_scale > 1 and request.true_cfg_end > request.true_cfg_start
 
-    def encode_prompt(self, prompt: str) -> PromptEmbeds:
+    def encode_prompt(self, prompt: str, adaptation: Adaptation | None = None) -> PromptEmbeds:
         """Features of a prompt from both text encoders, on the model's device."""
-        return self.model.text.encode(prompt)
+        return self.model.text.encode(prompt, adaptation and adaptation.placeholders)
 
     def encode_reference(self, reference: PreparedReference) -> EncodedReference:
         """The VAE posterior of one prepared reference."""
@@ -179,14 +199,16 @@ class Pipeline:
         prompt: PromptEmbeds,
         negative: PromptEmbeds | None,
         references: Sequence[EncodedReference],
+        adaptation: Adaptation | None = None,
     ) -> EncodedRequest:
         """The encoded parts of a request together.
 
         Args:
             negative: of the negative prompt; None unless the request `needs_negative`.
             references: in the request's order.
+            adaptation: with which the prompts were encoded.
         """
-        return EncodedRequest(request, prompt, negative, tuple(references))
+        return EncodedRequest(request, prompt, negative, tuple(references), adaptation)
 
     def start(self, encoded: EncodedRequest, seed: int, draws: Draws | None = None) -> Denoising:
         """One image of a request before its first step.
@@ -210,7 +232,10 @@ class Pipeline:
         )
         condition = Condition(encoded.prompt.text, encoded.prompt.pooled, grid, references)
         negative = encoded.negative and Condition(encoded.negative.text, encoded.negative.pooled, grid, embedded=False)
-        return self.lanes.samplers[0].begin(
+        sampler, adaptation = self.lanes.samplers[0], encoded.adaptation
+        return begin(
+            adaptation.network if adaptation else sampler.network,
+            adaptation.tables if adaptation else sampler.tables,
             condition,
             negative,
             guidance_of(request),
@@ -222,11 +247,18 @@ class Pipeline:
         """All runs one denoise step further, in one forward a lane; returns when the device has finished it.
 
         So a step's end means something: progress, cancellation and timings hang on it.
+
+        Raises:
+            ValueError: not all are of one `group`, or one is done.
         """
         moved = self.lanes.advance(runs, [self.num_tokens(run) for run in runs])
         if moved and moved[0].latents.is_cuda:
             torch.cuda.synchronize(moved[0].latents.device)
         return moved
+
+    def group(self, run: Denoising) -> str:
+        """Which runs can share a forward with this one: those of the same network, so of one adapter at one scale."""
+        return f"{hash(run.network):x}"
 
     def num_tokens(self, run: Denoising) -> int:
         """Of a run's part of a forward: text, target and references, and those of true CFG's branch if it ever runs."""
@@ -247,6 +279,12 @@ class Pipeline:
         """The picture of a finished run: uint8 [H, W, 3]."""
         pixels = self.model.codec.decode(run.latents, run.condition.target_grid)
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+    def preview(self, run: Denoising) -> NDArray[np.uint8]:
+        """What an unfinished run is heading for, a pixel a latent: uint8 [h, w, 3]."""
+        if self._preview_map is None:
+            self._preview_map = fit_preview_map(self.model.codec)
+        return self._preview_map.picture(run)
 
     def warm(self) -> None:
         """Run every network at the default size, so that the first job pays for nothing; compiles what is compiled.

@@ -9,6 +9,9 @@ Shapes: latents [C, h, w]; previews uint8 [h, w, 3], h and w an eighth of the pi
 
 from __future__ import annotations
 
+import math
+from typing import Final
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -18,6 +21,8 @@ from torch.nn.functional import avg_pool2d, interpolate
 from model.sampling import Denoising
 from model.vae import LatentCodec, unpack_latents
 
+LARGEST: Final = 160
+"""Pixels a side has at most; so a preview as JPEG stays below 64 KiB."""
 _PICTURES = 8
 _SIDE = 16
 """Of the pictures that a map is found by, in cells."""
@@ -34,8 +39,9 @@ class PreviewMap:
         self.weights = weights
 
     def picture(self, run: Denoising) -> NDArray[np.uint8]:
-        """What a run is heading for: uint8 [h, w, 3]. Of a finished run: what it has come to."""
+        """What a run is heading for, h, w ≤ `LARGEST`: uint8 [h, w, 3]. Of a finished run: what it has come to."""
         latents = unpack_latents(run.clean.float(), run.condition.target_grid)
+        latents = avg_pool2d(latents, math.ceil(max(latents.shape[1:]) / LARGEST), ceil_mode=True)
         colours = self.colours(latents) / 2 + 0.5
         return (colours.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 

@@ -51,11 +51,13 @@ class Denoising:
     """One image between two steps; `Sampler.begin` makes it.
 
     Attributes:
+        network: that it was begun with, which is to move it.
         sigmas: [num_steps + 1] float32. latents: [rows · columns, 64].
         standing, negative_standing: what the network has computed of the two conditions for all steps.
         velocity: of the step that led here, [rows · columns, 64]; None before the first.
     """
 
+    network: Network
     condition: Condition
     negative: Condition | None
     guidance: Guidance
@@ -100,8 +102,28 @@ def _branches(run: Denoising) -> list[tuple[Condition, Standing]]:
     return [positive, (run.negative, run.negative_standing)]
 
 
+def begin(
+    network: Network,
+    tables: EmbeddingTables,
+    condition: Condition,
+    negative: Condition | None,
+    guidance: Guidance,
+    sigmas: torch.Tensor,
+    noise: torch.Tensor,
+) -> Denoising:
+    """A run before its first step; computes what stays the same in all of them."""
+    times = [timestep_of(sigma, noise.dtype) for sigma in sigmas[:-1]]
+    scales = [guidance.at(step) for step in range(len(times))]
+    standing = stand(network, tables, condition, times, scales)
+    other = negative and stand(network, tables, negative, times, [guidance.negative] * len(times))
+    return Denoising(network, condition, negative, guidance, sigmas, noise, standing, other)
+
+
 class Sampler:
-    """Runs of one network. Keeps the sites of the batches seen last: the same runs come together step after step."""
+    """Runs of a network, and of those that adapters make of it (`model.adapted`).
+
+    Keeps the sites of the batches seen last: the same runs come together step after step.
+    """
 
     def __init__(self, network: Network, tables: EmbeddingTables, *, keep: int = 64) -> None:
         self.network = network
@@ -117,20 +139,21 @@ class Sampler:
         sigmas: torch.Tensor,
         noise: torch.Tensor,
     ) -> Denoising:
-        """A run before its first step; computes what stays the same in all of them."""
-        times = [timestep_of(sigma, noise.dtype) for sigma in sigmas[:-1]]
-        scales = [guidance.at(step) for step in range(len(times))]
-        standing = stand(self.network, self.tables, condition, times, scales)
-        other = negative and stand(self.network, self.tables, negative, times, [guidance.negative] * len(times))
-        return Denoising(condition, negative, guidance, sigmas, noise, standing, other)
+        """A run of this network before its first step."""
+        return begin(self.network, self.tables, condition, negative, guidance, sigmas, noise)
 
     @torch.inference_mode()
-    def velocities(self, runs: Sequence[Denoising]) -> list[list[torch.Tensor]]:
-        """Velocity of each branch of each run at its current step: positive, then negative where true CFG runs."""
+    def velocities(self, runs: Sequence[Denoising], network: Network | None = None) -> list[list[torch.Tensor]]:
+        """Velocity of each branch of each run at its current step: positive, then negative where true CFG runs.
+
+        Args:
+            network: an adapted one; by default the sampler's own.
+        """
+        network = network or self.network
         branches = [(run, *branch) for run in runs for branch in _branches(run)]
         latents = [run.latents for run, _, _ in branches]
         lengths = [len(noisy) for noisy in latents]
-        targets = self.network.model.x_embedder(torch.cat(latents)).split(lengths)
+        targets = network.model.x_embedder(torch.cat(latents)).split(lengths)
         image = [
             part
             for target, (_, _, standing) in zip(targets, branches, strict=True)
@@ -141,19 +164,22 @@ class Sampler:
             image=torch.cat(image),
             vectors=torch.cat([standing.vectors[run.step] for run, _, standing in branches]),
         )
-        velocity, _ = run_blocks(self.network, self._site([condition for _, condition, _ in branches]), embedded)
+        velocity, _ = run_blocks(network, self._site([condition for _, condition, _ in branches]), embedded)
         parts = iter(velocity.split(lengths))
         return [[next(parts) for _ in _branches(run)] for run in runs]
 
-    def advance(self, runs: Sequence[Denoising]) -> tuple[Denoising, ...]:
+    def advance(self, runs: Sequence[Denoising], network: Network | None = None) -> tuple[Denoising, ...]:
         """All runs one step further; one forward.
+
+        Args:
+            network: an adapted one; by default the sampler's own.
 
         Raises:
             ValueError: a run is already done.
         """
         if any(run.done for run in runs):
             raise ValueError("a finished run cannot take another step")
-        return tuple(moved(run, parts) for run, parts in zip(runs, self.velocities(runs), strict=True))
+        return tuple(moved(run, parts) for run, parts in zip(runs, self.velocities(runs, network), strict=True))
 
     def _site(self, conditions: Sequence[Condition]) -> Site:
         """A batch's site, which follows from its shapes alone."""

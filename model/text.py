@@ -63,13 +63,7 @@ class PromptEncoder:
         Raises:
             WeightsError: `weights_shape` when the rows do not fit this T5.
         """
-        width = self.t5.get_input_embeddings().weight.shape[1]
-        if rows.ndim != 2 or rows.shape[0] < len(ADDED_TOKENS) or rows.shape[1] != width:
-            raise WeightsError(
-                "weights_shape",
-                f"dreamo_t5_embedding is {tuple(rows.shape)}, but this T5 needs at least {len(ADDED_TOKENS)} "
-                f"rows of {width}: use the DreamO files made for this base model",
-            )
+        rows = check_rows(rows, self.t5.get_input_embeddings().weight.shape[1])
         # tokenizers applies tokenizer.json as it is written. transformers 5 rebuilds T5's pre-tokenizer and
         # drops the lone metaspace before an added token, which the released weights were trained with.
         self.t5.resize_token_embeddings(self.t5_tokenizer.get_vocab_size(), mean_resizing=False)
@@ -77,7 +71,12 @@ class PromptEncoder:
         self.t5.resize_token_embeddings(self.t5_tokenizer.get_vocab_size(), mean_resizing=False)
         table = self.t5.get_input_embeddings().weight
         with torch.no_grad():
-            table[-len(ADDED_TOKENS) :] = rows[-len(ADDED_TOKENS) :].to(table.device, table.dtype)
+            table[-len(ADDED_TOKENS) :] = rows.to(table.device, table.dtype)
+
+    @property
+    def placeholders(self) -> torch.Tensor:
+        """The added tokens' embedding rows: [10, Ct]."""
+        return self.t5.get_input_embeddings().weight.detach()[-len(ADDED_TOKENS) :]
 
     def tokenize(self, prompt: str) -> PromptTokens:
         """Token ids of both encoders, truncated to what each can hold."""
@@ -88,9 +87,13 @@ class PromptEncoder:
         return PromptTokens(tuple(t5), tuple(clip["input_ids"]))
 
     @torch.inference_mode()
-    def encode(self, prompt: str) -> PromptEmbeds:
-        """Features of one prompt, in the encoders' dtype, on their device."""
-        return self.features([prompt])[0]
+    def encode(self, prompt: str, rows: torch.Tensor | None = None) -> PromptEmbeds:
+        """Features of one prompt, in the encoders' dtype, on their device.
+
+        Args:
+            rows: as in `features`.
+        """
+        return self.features([prompt], rows)[0]
 
     def features(self, prompts: Sequence[str], rows: torch.Tensor | None = None) -> list[PromptEmbeds]:
         """Features of several prompts in one batch; gradients flow if they are enabled.
@@ -112,6 +115,21 @@ class PromptEncoder:
             text = self.t5(inputs_embeds=torch.nn.functional.embedding(t5_ids, whole)).last_hidden_state
         pooled = self.clip(clip_ids).pooler_output
         return [PromptEmbeds(*pair) for pair in zip(text, pooled, strict=True)]
+
+
+def check_rows(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """The last ten of the rows, in the order of `roles.ADDED_TOKENS`.
+
+    Raises:
+        WeightsError: `weights_shape` when they do not fit a T5 of this width.
+    """
+    if rows.ndim != 2 or rows.shape[0] < len(ADDED_TOKENS) or rows.shape[1] != width:
+        raise WeightsError(
+            "weights_shape",
+            f"dreamo_t5_embedding is {tuple(rows.shape)}, but this T5 needs at least {len(ADDED_TOKENS)} "
+            f"rows of {width}: use the DreamO files made for this base model",
+        )
+    return rows[-len(ADDED_TOKENS) :]
 
 
 def _padded(ids: Sequence[Sequence[int]], length: int, pad: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ class Embedded:
     vectors: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Network:
     """A transformer and how its blocks run.
 

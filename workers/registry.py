@@ -1,9 +1,12 @@
-"""Trained adapters by name and version, each a directory that is whole or not there. No torch.
+"""Adapters by name and version, each a directory that is whole or not there. No torch.
 
-    <root>/<name>/<sha256 of dreamo.safetensors>/   dreamo.safetensors, adapter_model.safetensors,
-                                                    adapter.json (what it was trained by), published.json (when)
+    <root>/<name>/<sha256 of its file>/   dreamo.safetensors, or lora.safetensors where it is a plain LoRA,
+                                          adapter_model.safetensors (peft's keys), if it was trained here,
+                                          adapter.json (what it is, or was trained by), published.json (when)
+    <root>/.tenants/<tenant>/<name>/…     what a tenant trained, for that tenant alone
 
-A version is its content's digest, so publishing the same adapter again changes nothing, whoever does it.
+What lies on top is the operator's, and the only tenant's where there are no keys: everybody sees it. A version is its
+content's digest, so publishing the same adapter again changes nothing, whoever does it.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
+
+from workers.tenants import SOLE_TENANT
 
 MAIN: Final = "dreamo.safetensors"
+LORA: Final = "lora.safetensors"
 CARD: Final = "adapter.json"
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 """Names of adapters: they are directories and parts of URLs."""
@@ -44,8 +51,9 @@ class PublishedAdapter:
     """One version of an adapter.
 
     Attributes:
-        version: sha256 (hex) of the file in released keys. published_at: Unix seconds.
-        card: what it was trained by.
+        version: sha256 (hex) of its file. published_at: Unix seconds.
+        card: what it is, or was trained by.
+        owner: the tenant that alone may use it; `SOLE_TENANT`: everybody may.
     """
 
     name: str
@@ -53,13 +61,29 @@ class PublishedAdapter:
     published_at: float
     directory: Path
     card: dict[str, Any]
+    owner: str = SOLE_TENANT
+
+    @property
+    def file(self) -> Path:
+        """What the version is the digest of."""
+        return _file_in(self.directory) or self.directory / MAIN
 
 
 class Registry:
-    """Adapters in a directory, which is made when the first is published."""
+    """A tenant's adapters and those for everybody, in a directory that is made when the first is published."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, tenant: str = SOLE_TENANT) -> None:
         self.root = root
+        self.tenant = tenant
+
+    def of(self, tenant: str) -> Self:
+        """The same, as another tenant sees it."""
+        return type(self)(self.root, tenant)
+
+    @property
+    def home(self) -> Path:
+        """Where this tenant's own lie."""
+        return self.root if self.tenant == SOLE_TENANT else self.root / ".tenants" / self.tenant
 
     def publish(self, name: str, source: Path) -> PublishedAdapter:
         """Copy an exported adapter in under its digest; a version that is there already stays as it is.
@@ -67,22 +91,38 @@ class Registry:
         Raises:
             RegistryError: `storage_unavailable`, `adapter_unknown` (no name, or nothing exported in `source`).
         """
-        if not NAME.fullmatch(name) or not (source / MAIN).is_file():
+        file = _file_in(source)
+        if not NAME.fullmatch(name) or file is None:
             raise _unknown()
         try:
-            version = digest_of(source / MAIN)
-            target = self.root / name / version
+            version = digest_of(file)
+            target = self.home / name / version
             if not target.is_dir():
                 _copy_whole(source, target)
-            return self._read(name, target)
+            return self._read(name, target, self.tenant)
         except OSError as error:
             reason = error.strerror or type(error).__name__  # never the path
             raise RegistryError(
                 "storage_unavailable", f"The adapter registry cannot be written ({reason}): make room and try again."
             ) from error
 
+    def add(self, name: str, file: Path, *, whole: bool, card: Mapping[str, Any]) -> PublishedAdapter:
+        """Copy a file in under its digest.
+
+        Args:
+            whole: whether it is a DreamO adapter with embeddings of its own, not a plain LoRA.
+
+        Raises:
+            RegistryError: see `publish`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder)
+            (source / (MAIN if whole else LORA)).symlink_to(file.resolve())
+            (source / CARD).write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
+            return self.publish(name, source)
+
     def versions(self, name: str | None = None) -> list[PublishedAdapter]:
-        """All versions, of one adapter or of all, newest first."""
+        """All versions, of one adapter or of all, newest first; of the same bytes the tenant's own."""
         return sorted(self._all(name), key=lambda adapter: adapter.published_at, reverse=True)
 
     def find(self, name: str, version: str | None = None) -> PublishedAdapter:
@@ -91,29 +131,58 @@ class Registry:
         Raises:
             RegistryError: `adapter_unknown`, `adapter_corrupt`.
         """
+        adapter = self.locate(name, version)
+        check(adapter)
+        return adapter
+
+    def locate(self, name: str, version: str | None = None) -> PublishedAdapter:
+        """As `find`, without reading the adapter's file.
+
+        Raises:
+            RegistryError: `adapter_unknown`.
+        """
         for adapter in self.versions(name):
             if version in (None, adapter.version):
-                if digest_of(adapter.directory / MAIN) != adapter.version:
-                    raise RegistryError(
-                        "adapter_corrupt", "The adapter's file is not the one published: train it again."
-                    )
                 return adapter
         raise _unknown()
 
     def _all(self, name: str | None) -> Iterator[PublishedAdapter]:
-        names = [name] if name is not None and NAME.fullmatch(name) else [] if name is not None else _names(self.root)
-        for one in names:
-            for version in _names(self.root / one):
-                if _VERSION.fullmatch(version):
-                    yield self._read(one, self.root / one / version)
+        seen: set[tuple[str, str]] = set()
+        for root, owner in dict.fromkeys(((self.home, self.tenant), (self.root, SOLE_TENANT))):
+            names = _names(root) if name is None else [name] if NAME.fullmatch(name) else []
+            for one in names:
+                for version in _names(root / one):
+                    if _VERSION.fullmatch(version) and (one, version) not in seen:
+                        seen.add((one, version))
+                        with suppress(FileNotFoundError):  # somebody is removing it
+                            yield self._read(one, root / one / version, owner)
 
-    def _read(self, name: str, directory: Path) -> PublishedAdapter:
+    def _read(self, name: str, directory: Path, owner: str) -> PublishedAdapter:
         try:
             published_at = float(json.loads((directory / _PUBLISHED).read_bytes())["published_at"])
             card = json.loads((directory / CARD).read_bytes())
         except (ValueError, KeyError, TypeError, FileNotFoundError):
             published_at, card = directory.stat().st_mtime, {}
-        return PublishedAdapter(name, directory.name, published_at, directory, card)
+        return PublishedAdapter(name, directory.name, published_at, directory, card, owner)
+
+
+def check(adapter: PublishedAdapter) -> None:
+    """Refuse an adapter whose file is not the one that was published.
+
+    Raises:
+        RegistryError: `adapter_corrupt`, `adapter_unknown` (it has gone), `storage_unavailable`.
+    """
+    try:
+        digest = digest_of(adapter.file)
+    except FileNotFoundError:
+        raise _unknown() from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise RegistryError("storage_unavailable", f"The adapter cannot be read ({reason}): try again.") from error
+    if digest != adapter.version:
+        raise RegistryError(
+            "adapter_corrupt", "The adapter's file is not the one published: train or register it again."
+        )
 
 
 def digest_of(file: Path) -> str:
@@ -144,6 +213,10 @@ def _copy_whole(source: Path, target: Path) -> None:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     _sync(target.parent)
+
+
+def _file_in(directory: Path) -> Path | None:
+    return next((file for file in (directory / MAIN, directory / LORA) if file.is_file()), None)
 
 
 def _names(directory: Path) -> list[str]:
