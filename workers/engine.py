@@ -35,12 +35,13 @@ class Forward:
 
     Attributes:
         moved: runs one step further, by key. failed: those that cannot go on, with the reason; the engine forgets them.
-        seconds: it took.
+        seconds: it took. tokens: of the runs moved.
     """
 
     moved: dict[str, Any]
     failed: dict[str, Exception]
     seconds: float
+    tokens: int = 0
 
 
 class BrokenDeviceError(Exception):
@@ -63,6 +64,8 @@ class Engine:
         self._runs: dict[str, Any] = {}
         self._tokens = budget.tokens
         self._calm = 0
+        self.sheds = 0
+        """Runs left out of a forward, or failed, for want of memory."""
         self._pace = Pace()
 
     def __len__(self) -> int:
@@ -111,7 +114,7 @@ class Engine:
                 seat = self._seats[key]
                 self._seats[key] = replace(seat, steps=seat.steps - 1, waiting_since=ended)
                 self._runs[key] = run
-        return Forward(moved, failed, ended - began)
+        return Forward(moved, failed, ended - began, sum(seat.tokens for seat in stepped))
 
     def _step(self, seats: Sequence[Seat]) -> tuple[dict[str, Any], dict[str, Exception]]:
         """Runs moved and runs failed; who is in neither steps another time."""
@@ -137,8 +140,10 @@ class Engine:
         self.pipeline.release_memory()
         self._calm = 0
         if len(seats) == 1:
+            self.sheds += 1
             return {}, {seats[0].key: error}
         older = seats[: (len(seats) + 1) // 2]
+        self.sheds += len(seats) - len(older)
         self._tokens = sum(seat.tokens for seat in older)
         return self._step(older)
 

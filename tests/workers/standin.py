@@ -2,7 +2,8 @@
 
     python -m tests.workers.standin [--burst]
 
-`STANDIN_DIR` is where it notes each load and where a prompt's `gate:<name>` waits for the file `<name>` to appear.
+`STANDIN_DIR` is where it notes each load and where a prompt's `gate:<name>` waits for the file `<name>` to appear; the
+base model `slow` waits for `loaded` there.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ class StandinPipeline:
         self.requests: list[Any] = []
         self.warmed = False
         self.starts = 0
-        self.released = False
 
     @property
     def spec(self) -> ModelSpec:
@@ -81,7 +81,11 @@ class StandinPipeline:
     def prepare_reference(self, reference: Reference) -> Any:
         return reference
 
-    def encode_prompt(self, prompt: str) -> Any:
+    def load_adapter(self, file: Path) -> Any:
+        raise NotImplementedError
+
+    def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:
+        assert adaptation is None
         for word in prompt.split():
             if word in FAULTS:
                 raise FAULTS[word]()
@@ -90,8 +94,11 @@ class StandinPipeline:
     def encode_reference(self, reference: Any) -> Any:
         return reference
 
-    def assemble(self, request: ImageRequest, prompt: Any, negative: Any, references: Sequence[Any]) -> Any:
+    def assemble(
+        self, request: ImageRequest, prompt: Any, negative: Any, references: Sequence[Any], adaptation: Any = None
+    ) -> Any:
         """The request with its references, which `requests` collects."""
+        assert adaptation is None
         assert prompt == request.prompt.encode()
         assert negative == (request.negative_prompt.encode() if self.needs_negative(request) else None)
         whole = replace(request, references=tuple(references))
@@ -102,17 +109,24 @@ class StandinPipeline:
         self.starts += 1
         return Run(encoded, seed, encoded.num_inference_steps)
 
+    def group(self, run: Any) -> str:
+        return type(run).__name__
+
     def num_tokens(self, run: Any) -> int:
         return 64 + run.request.height * run.request.width // 64
 
     def release_memory(self) -> None:
-        self.released = True
+        """There is none to give back."""
 
     def step(self, runs: Sequence[Any]) -> Sequence[Any]:
         for run in runs:
             if self.on_step is not None:
                 self.on_step(run)
         return tuple(replace(run, step=run.step + 1) for run in runs)
+
+    def preview(self, run: Any) -> NDArray[np.uint8]:
+        """A grey that grows with the steps."""
+        return np.full((8, 8, 3), 255 * run.step // run.num_steps, np.uint8)
 
     def decode(self, run: Any) -> NDArray[np.uint8]:
         assert run.done
@@ -141,6 +155,8 @@ def load(settings: WorkerSettings) -> StandinPipeline:
     if settings.base_model == "absent":
         raise WeightsError("model_not_found", "there is no such model: set DREAMSERVE_BASE_MODEL")
     directory = Path(os.environ["STANDIN_DIR"])
+    while settings.base_model == "slow" and not (directory / "loaded").exists():
+        time.sleep(0.005)
     with (directory / LOADS).open("a") as loads:
         loads.write(f"{os.getpid()}\n")
     return StandinPipeline(gate_in(directory))

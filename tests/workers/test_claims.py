@@ -43,5 +43,5 @@ def test_reading_a_job_waits_for_redis(tmp_path: Path, make_job: MakeJob) -> Non
         reading = pool.submit(claimed.read)
         assert ledger.away.wait(60)
         server = start_redis(tmp_path)
-        assert reading.result(60) == make_job("job_1")
+        assert reading.result(60).job == make_job("job_1")
     server.stop()

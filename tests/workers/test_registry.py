@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
-from workers.registry import MAIN, Registry, RegistryError
+from workers.registry import MAIN, Registry, RegistryError, check
+from workers.tenants import SOLE_TENANT
 
 
 def exported(folder: Path, content: bytes) -> Path:
@@ -70,3 +72,31 @@ def test_a_registry_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     with pytest.raises(RegistryError) as refused:
         Registry(tmp_path / "adapters").publish("toy", exported(tmp_path / "a", b"one"))
     assert refused.value.code == "storage_unavailable" and str(tmp_path) not in refused.value.message
+
+
+def test_locating_reads_no_weights(tmp_path: Path) -> None:
+    """A gateway that pins a version must not hash a gigabyte; who loads the file does, and refuses a changed one."""
+    registry = Registry(tmp_path / "adapters")
+    adapter = registry.publish("toy", exported(tmp_path / "a", b"one"))
+    adapter.file.write_bytes(b"two")
+    located = registry.locate("toy", adapter.version)
+    assert located == adapter
+    with pytest.raises(RegistryError) as refused:
+        check(located)
+    assert refused.value.code == "adapter_corrupt"
+    shutil.rmtree(adapter.directory)
+    for call in (lambda: registry.locate("toy"), lambda: check(located)):
+        with pytest.raises(RegistryError) as refused:
+            call()
+        assert refused.value.code == "adapter_unknown"
+
+
+def test_an_adapter_knows_whose_it_is(tmp_path: Path) -> None:
+    """What is kept of a tenant's is kept for that tenant alone; what lies on top is everybody's."""
+    registry = Registry(tmp_path / "adapters")
+    registry.publish("toy", exported(tmp_path / "a", b"one"))
+    registry.of("ann").publish("toy", exported(tmp_path / "b", b"two"))
+    owners = {adapter.version[:8]: adapter.owner for adapter in registry.of("ann").versions("toy")}
+    assert sorted(owners.values()) == ["ann", SOLE_TENANT]
+    assert [adapter.owner for adapter in registry.of("bob").versions("toy")] == [SOLE_TENANT]
+    assert registry.of("ann").publish("mug", exported(tmp_path / "c", b"three")).owner == "ann"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 from workers.jobs import Outcome
 
 if TYPE_CHECKING:
+    from model.adapted import LoadedAdapter
     from model.pipeline import EncodedReference, PreparedReference
     from model.text import PromptEmbeds
 
@@ -30,7 +31,7 @@ _Place = tuple[str, Hashable]
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """A cache so far: hits (waiting for another's computation is one), misses, values that made room; what it holds."""
+    """A cache so far: hits (asking while another computes it is one), misses, values that made room; what it holds."""
 
     hits: int
     misses: int
@@ -91,17 +92,16 @@ class Cache(Generic[V]):
             if flight is None:
                 self._flights[place] = flight = _Flight(sources)
                 self._misses += 1
+            else:
+                self._hits += 1
         try:
             if leads:
                 return self._lead(place, flight, compute), "miss"
-            value = flight.landing.result()
+            return flight.landing.result(), "hit"
         finally:
             # A flight that failed holds this frame by the exception's traceback: with it, a cycle, and what the
             # computation held (perhaps all of a GPU's memory) would stay until the next collection.
             del flight
-        with self._lock:
-            self._hits += 1
-        return value, "hit"
 
     def find(self, tenant: str, key: Hashable) -> V | None:
         """The value, if it is there; its absence is counted by the `fetch` that follows."""
@@ -188,28 +188,34 @@ class Caches:
         prompts: by pipeline and prompt.
         prepared: by picture, mask, and what `preparation.reference_key` names besides.
         latents: posterior parameters, by pipeline and the prepared reference's key.
+        adapters: by pipeline and version, of whom they belong to; everybody's are kept once. One that runs need stays
+            with them when it makes room here.
     """
 
-    def __init__(self, prompts: int = 256 * MIB, prepared: int = 256 * MIB, latents: int = 256 * MIB) -> None:
+    def __init__(
+        self, prompts: int = 256 * MIB, prepared: int = 256 * MIB, latents: int = 256 * MIB, adapters: int = 256 * MIB
+    ) -> None:
         self.prompts: Cache[PromptEmbeds] = Cache(prompts)
         self.prepared: Cache[PreparedReference] = Cache(prepared)
         self.latents: Cache[EncodedReference] = Cache(latents)
+        self.adapters: Cache[LoadedAdapter] = Cache(adapters)
 
     def purge(self, tenant: str, artifact: str) -> int:
         """Drop what was derived from a stored picture (its sha256) of a tenant; how many values that were."""
         return self.prepared.purge(tenant, artifact) + self.latents.purge(tenant, artifact)
 
     def clear(self) -> None:
-        """Drop everything: the model or its adapter has changed, and nothing kept will be asked for again."""
-        for cache in (self.prompts, self.prepared, self.latents):
+        """Drop everything: the model has changed, and nothing kept will be asked for again."""
+        for cache in (self.prompts, self.prepared, self.latents, self.adapters):
             cache.clear()
 
     def counts(self) -> dict[str, Counts]:
-        """By cache: `prompts`, `prepared`, `latents`."""
+        """By cache: `prompts`, `prepared`, `latents`, `adapters`."""
         return {
             "prompts": self.prompts.counts(),
             "prepared": self.prepared.counts(),
             "latents": self.latents.counts(),
+            "adapters": self.adapters.counts(),
         }
 
 

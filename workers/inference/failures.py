@@ -8,6 +8,7 @@ from workers.engine import is_out_of_memory
 from workers.jobs import JobError
 from workers.ledger import DamagedRecordError
 from workers.pictures import PictureError
+from workers.registry import RegistryError
 
 
 def job_error(error: Exception) -> JobError:
@@ -15,7 +16,7 @@ def job_error(error: Exception) -> JobError:
     match error:
         case ModelError():
             return JobError(error.code, error.message)
-        case ArtifactError():
+        case ArtifactError() | RegistryError():
             return JobError(error.code, error.message, retryable=error.code == "storage_unavailable")
         case PictureError():
             return JobError(error.code, error.message)

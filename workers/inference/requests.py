@@ -35,15 +35,15 @@ def request_of(job: CustomizeJob, references: tuple[Reference, ...] = ()) -> Ima
 
 
 def decoded_reference(
-    wanted: ReferenceInput, store: ArtifactStore, spec: ModelSpec, limits: PictureLimits
+    wanted: ReferenceInput, tenant: str, store: ArtifactStore, spec: ModelSpec, limits: PictureLimits
 ) -> Reference:
-    """Read and decode one reference.
+    """Read and decode one reference of a tenant.
 
     Raises:
         ArtifactError: it is missing, corrupt or cannot be read.
         PictureError: it does not decode.
     """
-    pixels, mask = read_reference(wanted, store, limits)
+    pixels, mask = read_reference(wanted, tenant, store, limits)
     return Reference(
         slot=wanted.slot,
         role=wanted.role,
@@ -59,16 +59,18 @@ def resolution_of(wanted: ReferenceInput, spec: ModelSpec) -> int:
     return wanted.resolution or int(spec.reference_resolution.default)
 
 
-def read_reference(wanted: ReferenceInput, store: ArtifactStore, limits: PictureLimits) -> tuple[Pixels, Pixels | None]:
+def read_reference(
+    wanted: ReferenceInput, tenant: str, store: ArtifactStore, limits: PictureLimits
+) -> tuple[Pixels, Pixels | None]:
     """Pixels uint8 [h, w, 3] as stored, and the mask uint8 [h, w], 255 = keep.
 
     A mask given by the caller goes before the picture's alpha, which counts only if something is transparent.
     """
-    pixels = pictures.decode(store.read(wanted.image), limits)
+    pixels = pictures.decode(store.read(tenant, wanted.image), limits)
     alpha = pixels[..., 3] if pixels.shape[2] == 4 else None
     rgb = np.ascontiguousarray(pixels[..., :3])
     if wanted.mask is not None:
-        return rgb, pictures.decode_mask(store.read(wanted.mask), limits)
+        return rgb, pictures.decode_mask(store.read(tenant, wanted.mask), limits)
     if alpha is not None and alpha.min() < 255:
         return rgb, np.ascontiguousarray(alpha)
     return rgb, None

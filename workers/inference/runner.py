@@ -19,52 +19,57 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from heapq import heappop, heappush
-from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 from redis.exceptions import RedisError
+from structlog.contextvars import bound_contextvars
 
-from workers import pictures, queues
+from workers import queues
 from workers.artifacts import ArtifactStore
-from workers.caretaker import Claim
+from workers.caretaker import Claim, to_hand_over
 from workers.claims import ClaimedJob, End, Stop, StoppedError
 from workers.engine import BrokenDeviceError, Engine, Forward
 from workers.failpoints import reach
 from workers.inference.caches import MIB, Caches
 from workers.inference.failures import job_error
+from workers.inference.finishing import Decoder, publish_image, seed_of, show_image, wants_preview
+from workers.inference.metrics import InHand, WorkerMetrics
 from workers.inference.preparation import Encoder, prepare
 from workers.inference.scribe import Scribe
+from workers.inference.turns import Turns
 from workers.inference.works import Work
-from workers.jobs import CUSTOMIZE, ImageArtifact
+from workers.jobs import CUSTOMIZE
 from workers.ledger import CustomizeLedger
 from workers.pictures import PictureLimits
 from workers.planner import Budget, Seat
+from workers.references import Purges
+from workers.registry import Registry
 from workers.settings import WorkerSettings
+from workers.tracing import JobTrace, Tracing
 
 if TYPE_CHECKING:
     from model.pipeline import EncodedRequest
 
-SEEDS = 2**64
 _LOG = structlog.stdlib.get_logger("workers.inference.runner")
-_FORWARDS_AHEAD = 2
+_PICTURES_AHEAD = 8
+"""Prepared beyond those of a full forward."""
 _HEARD_S = 0.05
 """The engine waits so long for its beats to be heard. A Redis that answers is faster; one that is away costs this."""
+_YIELD_S = 2.0
+"""What was handed over is left to idle workers for so long."""
 
 
-class HotPipeline(Encoder, Protocol):
+class HotPipeline(Encoder, Decoder, Protocol):
     """`model.pipeline.Pipeline` as a worker drives it. What passes between its phases is its own affair."""
 
     def describe(self) -> dict[str, str | int]: ...
     def warm(self) -> None: ...
     def start(self, encoded: EncodedRequest, seed: int) -> Any: ...
+    def group(self, run: Any) -> str: ...
     def num_tokens(self, run: Any) -> int: ...
     def step(self, runs: Sequence[Any]) -> Sequence[Any]: ...
     def release_memory(self) -> None: ...
-    def decode(self, run: Any) -> NDArray[np.uint8]: ...
 
 
 class JobRunner:
@@ -77,25 +82,32 @@ class JobRunner:
         store: ArtifactStore,
         settings: WorkerSettings,
         worker: str,
+        metrics: WorkerMetrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.ledger = ledger
         self.store = store
         self.settings = settings
         self.worker = worker
-        self.caches = Caches(*[settings.cache_mib * MIB] * 3)
+        self.metrics = metrics or WorkerMetrics.fresh()
+        self._tracing = tracing or Tracing.off()
+        self.caches = Caches(*[settings.cache_mib * MIB] * 3, adapters=settings.adapter_mib * MIB)
+        self._registry = Registry(settings.adapter_root)
+        self._purges = Purges(ledger.redis)
         self.broken = False
         """The device is lost: the process is to end."""
         budget = Budget(settings.forward_tokens, settings.forward_runs, settings.interactive_share)
         self._engine = Engine(pipeline, budget)
         self._works: dict[str, Work] = {}
-        self._unprepared: list[Work] = []
+        self._turns = Turns(_PICTURES_AHEAD + settings.forward_runs)
         self._ready: deque[tuple[Work, int, Any]] = deque()
-        self._numbers = count()
         self._changed = threading.Condition()
         self._leaving = self._closed = False
+        self._yields_until = 0.0
         self._finishing = ThreadPoolExecutor(1, "finish")
-        self._scribe = Scribe(self._stop_later)
+        self._scribe = Scribe(self.hear)
+        self.metrics.watch(self._in_hand)
         self._threads = [
             threading.Thread(target=self._prepare_jobs, name="prepare", daemon=True),
             threading.Thread(target=self._run, name="engine", daemon=True),
@@ -113,8 +125,11 @@ class JobRunner:
 
     @property
     def has_room(self) -> bool:
-        """Whether another job may be claimed."""
-        return not (self._leaving or self.broken) and len(self._works) < self.settings.jobs_in_hand
+        """Whether another job may be claimed: none while one is to be alone, or idle workers are to take theirs."""
+        works = list(self._works.values())
+        if self._leaving or self.broken or time.monotonic() < self._yields_until:
+            return False
+        return len(works) < self.settings.jobs_in_hand and not any(work.alone for work in works)
 
     def run(self, job_id: str) -> None:
         """Claim a job and begin with it; a refused claim means that there is nothing to do.
@@ -122,13 +137,13 @@ class JobRunner:
         Raises:
             redis.exceptions.RedisError: Redis is away.
         """
-        token = self.ledger.claim(job_id, self.worker)
+        token = self.ledger.claim(job_id, self.worker, waits=True)
         if token is None:
             _LOG.info("delivery of a job that is not queued", job_id=job_id)
             return
         reach("claimed")
         claimed = ClaimedJob(self.ledger, Claim(job_id, token, time.monotonic()), self.settings.commit_patience_s)
-        work = Work(claimed, self._scribe)
+        work = Work(claimed, self._scribe, JobTrace(self._tracing))
         with self._changed:
             self._works[job_id] = work
         self._guarded(work, self._read)
@@ -148,6 +163,34 @@ class JobRunner:
             self._changed.wait_for(lambda: not self._works or self.broken, timeout_s)
             return not self._works
 
+    def hear(self, job_id: str, reason: Stop) -> None:
+        """A job is not to go on, as a beat was answered: it is ended before its preparation or the next forward."""
+        work = self._works.get(job_id)
+        if work is not None:
+            with self._changed:
+                work.stopped = reason
+                self._changed.notify_all()
+
+    def hand_over(self) -> None:
+        """Other workers are idle: give them half of the jobs of which no step is made, and take none for a moment."""
+        works = list(self._works.values())
+        waiting = [work for work in works if not work.begun]
+        given = waiting[len(waiting) - to_hand_over(len(waiting), len(works)) :]
+        if given:
+            self._yields_until = time.monotonic() + _YIELD_S
+            _LOG.info("jobs handed over", jobs=len(given))
+            self.metrics.handed_over(len(given))
+        for work in reversed(given):
+            self._end_early(work, "leaving")
+
+    def tidy(self) -> None:
+        """Drop what was made of references that were deleted meanwhile.
+
+        Raises:
+            redis.exceptions.RedisError: Redis is away.
+        """
+        self._purges.pass_on(self.caches.purge)
+
     def close(self) -> None:
         """End what has begun within the grace, hand the rest back, end the threads."""
         self._leaving = True
@@ -166,11 +209,15 @@ class JobRunner:
             if not self.broken:
                 thread.join()
 
+    def _in_hand(self) -> InHand:
+        works = list(self._works.values())
+        waiting = sum(not work.at_work for work in works)
+        return InHand(waiting, len(works) - waiting, len(self._engine), self._engine.sheds, self.caches.counts())
+
     def _read(self, work: Work) -> None:
-        job = work.claimed.read()
+        work.accept(work.claimed.read(), self.ledger.max_attempts)
         with self._changed:
-            work.accept(job, next(self._numbers))
-            heappush(self._unprepared, work)
+            self._turns.add(work)
             self._changed.notify_all()
 
     # In the thread `prepare`.
@@ -178,33 +225,30 @@ class JobRunner:
     def _prepare_jobs(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._is_wanted())
-                if self._closed:
+                self._changed.wait_for(lambda: self._closed or self.broken or self._next_work())
+                work = self._next_work()
+                if self._closed or self.broken or work is None:
                     return
-                work = heappop(self._unprepared)
-                work.prepared = True
+                self._turns.take(work)
             self._guarded(work, self._prepare)
 
-    def _is_wanted(self) -> bool:
-        """Whether to prepare a job now: if there is little for the next forwards, or one that goes before some of it.
-
-        What is prepared too early only takes memory, and the device from those who are being denoised.
-        """
-        if not self._unprepared:
-            return False
-        prepared = [work.place for work in self._works.values() if work.prepared]
-        return len(prepared) < _FORWARDS_AHEAD * self.settings.forward_runs or self._unprepared[0].place < max(prepared)
+    def _next_work(self) -> Work | None:
+        return self._turns.next([work for work in self._works.values() if work.at_work])
 
     def _prepare(self, work: Work) -> None:
+        work.check()
+        work.claimed.begin()
         job = work.job
-        prepared = prepare(job, self.pipeline, self.store, self.caches, PictureLimits(), work.tell_phase)
+        prepared = prepare(
+            job, self.pipeline, self.store, self.caches, PictureLimits(), work.tell_phase, self._registry
+        )
         work.timings |= prepared.timings
         work.cache |= prepared.used
         work.tell_phase("denoise")
         self._scribe.settle(_HEARD_S)
         work.check()
         for number in range(job.num_images):
-            run = self.pipeline.start(prepared.encoded, (job.sampling.seed + number) % SEEDS)
+            run = self.pipeline.start(prepared.encoded, seed_of(work, number))
             with self._changed:
                 self._ready.append((work, number, run))
                 self._changed.notify_all()
@@ -241,8 +285,8 @@ class JobRunner:
             work = self._works.get(job_of(key))
             if work is None or work.ended:
                 self._engine.drop(key)
-            elif work.stopped is not None:
-                self._end_early(work, work.stopped)
+            elif work.stop is not None:
+                self._end_early(work, work.stop)
                 self._engine.drop(key)
         return not closed
 
@@ -254,11 +298,13 @@ class JobRunner:
             waiting_since=time.monotonic(),
             tenant=work.job.tenant,
             interactive=work.job.priority == "interactive",
+            group=self.pipeline.group(run),
             size=self.pipeline.num_tokens(run) * run.num_steps,
         )
 
     def _account(self, forward: Forward) -> None:
         """Progress, images that have all their steps, and failures."""
+        self.metrics.forward(forward)
         now = time.monotonic()
         for claim in self.claims:
             claim.moved_at = now  # Who waits for a turn is as alive as who has it.
@@ -268,8 +314,12 @@ class JobRunner:
                 work.step(steps, forward.seconds)
         for key, run in forward.moved.items():
             work = self._works.get(job_of(key))
-            if run.done and work is not None:
+            if work is None:
+                continue
+            if run.done:
                 self._finishing.submit(self._guarded, work, partial(self._finish, key=key, run=run))
+            elif wants_preview(work, image_of(key), run):
+                self._finishing.submit(self._guarded, work, partial(show_image, run=run, pipeline=self.pipeline))
         for key, error in forward.failed.items():
             work = self._works.get(job_of(key))
             if work is not None:
@@ -279,25 +329,10 @@ class JobRunner:
 
     def _finish(self, work: Work, key: str, run: Any) -> None:
         """Decode and publish an image, and commit after the last one."""
-        job, number = work.job, int(key.rpartition("/")[2])
         if work.denoised:
             work.tell_phase("decode")
-        began = time.perf_counter()
-        pixels = self.pipeline.decode(run)
-        data = pictures.encode(pixels, job.output_format)
-        name = f"{job.id}.{work.claimed.claim.token}.{number}.{job.output_format}"
-        height, width, _ = pixels.shape
-        work.images[number] = ImageArtifact(
-            name=name,
-            sha256=self.store.publish(name, data),
-            media_type=pictures.media_type(job.output_format),
-            width=width,
-            height=height,
-            size=len(data),
-            seed=(job.sampling.seed + number) % SEEDS,
-        )
-        work.spend("decode_s", time.perf_counter() - began)
-        if len(work.images) == job.num_images:
+        publish_image(work, image_of(key), run, self.pipeline, self.store)
+        if len(work.images) == work.job.num_images:
             self._scribe.settle(_HEARD_S)
             work.check()
             self._end(work, lambda: work.claimed.succeed(work.result()))
@@ -308,7 +343,8 @@ class JobRunner:
         """The outermost shell of what the pools do for a job: nothing may pass it unrecorded."""
         try:
             if not work.ended:
-                act(work)
+                with bound_contextvars(job_id=work.claimed.claim.job_id):
+                    act(work)
         except StoppedError as stopped:
             self._end_early(work, stopped.reason)
         except Exception as error:  # noqa: BLE001
@@ -323,18 +359,13 @@ class JobRunner:
             with suppress(RedisError):  # Another worker's caretaker finds a job that waits without a delivery.
                 queues.ring_again(self.ledger.redis, CUSTOMIZE, work.claimed.claim.job_id)
 
-    def _stop_later(self, job_id: str, reason: Stop) -> None:
-        """The scribe has heard that a job is not to go on: the engine ends it before the next forward."""
-        work = self._works.get(job_id)
-        if work is not None:
-            work.stopped = reason
-
     def _end(self, work: Work, write: Callable[[], End]) -> End | None:
         """End a job once; only one that succeeds keeps its pictures. None if it had ended or could not be written."""
         if not work.take_end():
             return None
         end: End | None = None
         job_id = work.claimed.claim.job_id
+        work.trace.phase("commit")
         try:
             end = write()
         except RedisError as error:  # The lease lapses, and the job is run again.
@@ -345,9 +376,16 @@ class JobRunner:
         with self._changed:
             self._works.pop(job_id, None)
             self._changed.notify_all()
+        work.trace.end(end or "lost")
         if end is not None:
+            self.metrics.ended(end, work.seconds(), work.timings, len(work.images))
             _LOG.info("job ended", job_id=job_id, state=end, seconds=work.seconds())
         return end
+
+
+def image_of(key: str) -> int:
+    """The image's number of a seat's key."""
+    return int(key.rpartition("/")[2])
 
 
 def job_of(key: str) -> str:

@@ -12,7 +12,7 @@ from workers.claims import Stop
 from workers.jobs import Progress
 from workers.ledger import Beat
 
-Tell = Callable[[Progress], Beat]
+Tell = Callable[[Progress, bytes | None], Beat]
 
 
 class Scribe(threading.Thread):
@@ -25,15 +25,17 @@ class Scribe(threading.Thread):
     def __init__(self, stopped: Callable[[str, Stop], None]) -> None:
         super().__init__(name="scribe", daemon=True)
         self._stopped = stopped
-        self._words: dict[str, tuple[Tell, Progress]] = {}
+        self._words: dict[str, tuple[Tell, Progress, bytes | None]] = {}
         self._changed = threading.Condition()
         self._telling = False
         self._halted = False
 
-    def tell(self, job_id: str, tell: Tell, progress: Progress) -> None:
-        """Have a job's beat made soon, instead of an older one that still waits."""
+    def tell(self, job_id: str, tell: Tell, progress: Progress, preview: bytes | None = None) -> None:
+        """Have a job's beat made soon, instead of an older one that still waits, whose preview it takes along."""
         with self._changed:
-            self._words[job_id] = tell, progress
+            if preview is None and job_id in self._words:
+                preview = self._words[job_id][2]
+            self._words[job_id] = tell, progress, preview
             self._changed.notify_all()
 
     def settle(self, timeout_s: float) -> bool:
@@ -56,9 +58,9 @@ class Scribe(threading.Thread):
                 if self._halted:
                     return
                 job_id = next(iter(self._words))
-                tell, progress = self._words.pop(job_id)
+                tell, progress, preview = self._words.pop(job_id)
                 self._telling = True
-            answer = tell(progress)
+            answer = tell(progress, preview)
             if answer != "ok":
                 self._stopped(job_id, answer)
             with self._changed:

@@ -16,9 +16,10 @@ from pydantic import ValidationError
 
 from model.errors import WeightsError
 from workers.artifacts import ArtifactStore
+from workers.inference.metrics import WorkerMetrics
 from workers.inference.runner import HotPipeline, JobRunner
 from workers.jobs import CUSTOMIZE
-from workers.ledger import Ledger
+from workers.ledger import open_ledger
 from workers.logs import configure_logging
 from workers.process import (
     BrokenRunnerError,
@@ -30,6 +31,7 @@ from workers.process import (
     run_delivered,
 )
 from workers.settings import WorkerSettings, describe_bad_settings
+from workers.tracing import Tracing, open_tracing
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
@@ -75,10 +77,11 @@ def run_worker(settings: WorkerSettings, load: Load = load_pipeline, *, burst: b
         The exit code.
     """
     configure_logging(settings.log_level)
+    metrics, tracing = WorkerMetrics.fresh(), open_tracing("worker")
     try:
         station = open_station(settings)
-        WorkerProcess(station, {"model": settings.base_model}).run(
-            lambda name: _runner(settings, station, name, load), burst=burst
+        WorkerProcess(station, {"model": settings.base_model}, settings, metrics.registry).run(
+            lambda name: _runner(settings, station, name, load, metrics, tracing), burst=burst
         )
     except ConfigurationError as error:
         return refuse(str(error))
@@ -86,6 +89,8 @@ def run_worker(settings: WorkerSettings, load: Load = load_pipeline, *, burst: b
         return refuse(f"the model cannot be loaded ({error.code}): {error.message}")
     except BrokenRunnerError:
         return 3
+    finally:
+        tracing.flush()
     return 0
 
 
@@ -99,17 +104,20 @@ def open_station(settings: WorkerSettings) -> Station:
     return Station(
         find_url(settings),
         CUSTOMIZE,
-        lambda client: Ledger(client, CUSTOMIZE, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s),
+        lambda client: open_ledger(client, CUSTOMIZE, settings),
         settings.stall_s,
-        lambda: store.sweep(2.0 * settings.job_ttl_s),
+        lambda: store.sweep(settings.artifact_ttl_s),
     )
 
 
-def _runner(settings: WorkerSettings, station: Station, name: str, load: Load) -> tuple[JobRunner, dict[str, Any]]:
+def _runner(
+    settings: WorkerSettings, station: Station, name: str, load: Load, metrics: WorkerMetrics, tracing: Tracing
+) -> tuple[JobRunner, dict[str, Any]]:
     pipeline = load(settings)
     pipeline.warm()
     ledger = station.open_ledger(station.connect())
-    runner = JobRunner(pipeline, ledger, ArtifactStore(settings.artifact_root), settings, name)
+    store = ArtifactStore(settings.artifact_root)
+    runner = JobRunner(pipeline, ledger, store, settings, name, metrics, tracing)
     return runner, {**pipeline.describe(), "model": pipeline.spec.name}
 
 

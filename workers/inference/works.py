@@ -9,31 +9,35 @@ from typing import Literal, cast
 
 from workers.claims import ClaimedJob, Stop, StoppedError
 from workers.inference.scribe import Scribe
-from workers.jobs import CustomizeJob, ImageArtifact, JobResult, Outcome, Progress
+from workers.jobs import CustomizeJob, CustomizeRecord, ImageArtifact, JobResult, Outcome, Progress
+from workers.tracing import JobTrace, Tracing
 
-Place = tuple[bool, int, int]
 
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Work:
     """What is known of a job in hand.
 
     Attributes:
         images: published, by number. timings: seconds by phase. cache: what had been kept.
-        place: before whom it is prepared. prepared: or being prepared.
         stopped: why it is not to go on, once that has been heard.
+        number: in the order of arrival.
+        at_work: it has had its turn to be prepared; see `turns`.
+        suspect: it has lost a worker. alone: it has no attempt left to lose.
         ended: its end is taken; nothing is to be done for it any more.
     """
 
     claimed: ClaimedJob[CustomizeJob, Progress, JobResult]
     scribe: Scribe
+    trace: JobTrace = field(default_factory=lambda: JobTrace(Tracing.off()))
     images: dict[int, ImageArtifact] = field(default_factory=dict[int, ImageArtifact])
     timings: dict[str, float] = field(default_factory=dict[str, float])
     cache: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
-    place: Place = (False, 0, 0)
-    prepared: bool = False
+    number: int = 0
     stopped: Stop | None = None
     ended: bool = False
+    at_work: bool = False
+    suspect: bool = False
+    alone: bool = False
     steps: int = 0
     _job: CustomizeJob | None = None
     _began: float = field(default_factory=time.monotonic)
@@ -45,6 +49,13 @@ class Work:
         return cast("CustomizeJob", self._job)
 
     @property
+    def place(self) -> tuple[bool, int, int]:
+        """In the line to be prepared: interactive ones first, then by pixels times steps, then by arrival."""
+        job, sampling = self.job, self.job.sampling
+        pixels = sampling.height * sampling.width + sum(one.resolution**2 for one in job.references if one.resolution)
+        return job.priority != "interactive", pixels * sampling.num_inference_steps * job.num_images, self.number
+
+    @property
     def begun(self) -> bool:
         """Whether a step has been made, so that ending it costs less than beginning anew."""
         return self.steps > 0
@@ -54,13 +65,17 @@ class Work:
         """Whether all steps of all images have been made."""
         return self.steps == self._total
 
-    def __lt__(self, other: Work) -> bool:
-        return self.place < other.place
+    @property
+    def stop(self) -> Stop | None:
+        """Why it is not to go on. A deadline means nothing once a step is made."""
+        return None if self.stopped == "expired" and self.begun else self.stopped
 
-    def accept(self, job: CustomizeJob, number: int) -> None:
-        """The job has been read, as the worker's `number`-th."""
-        self._job = job
-        self.place = place_of(job, number)
+    def accept(self, record: CustomizeRecord, max_attempts: int) -> None:
+        """The job has been read."""
+        self._job = record.job
+        self.trace.begin(record)
+        self.suspect = record.attempt > 1
+        self.alone = self.suspect and record.attempt >= max_attempts
 
     def tell_phase(self, phase: Literal["load", "preprocess", "encode", "denoise", "decode"]) -> None:
         """A phase begins.
@@ -69,6 +84,7 @@ class Work:
             StoppedError: the job is not to go on.
         """
         self.claimed.claim.moved_at = time.monotonic()
+        self.trace.phase(phase)
         self.scribe.tell(self.job.id, self.claimed.beat, Progress(phase, self.steps, self._total))
         self.check()
 
@@ -78,14 +94,19 @@ class Work:
         Raises:
             StoppedError: no, as has been heard.
         """
-        if self.stopped is not None:
-            raise StoppedError(self.stopped)
+        if self.stop is not None:
+            raise StoppedError(self.stop)
 
     def step(self, steps: int, seconds: float) -> None:
         """A forward has moved `steps` of its images one step further."""
         self.steps += steps
         self.spend("denoise_s", seconds)
+        self.trace.note(steps=self.steps, device_s=round(self.timings["denoise_s"], 4))
         self.scribe.tell(self.job.id, self.claimed.beat, Progress("denoise", self.steps, self._total))
+
+    def show(self, preview: bytes) -> None:
+        """A small picture of how far it is."""
+        self.scribe.tell(self.job.id, self.claimed.beat, Progress("denoise", self.steps, self._total), preview)
 
     def spend(self, phase: str, seconds: float) -> None:
         """Count time for a phase."""
@@ -113,10 +134,3 @@ class Work:
     @property
     def _total(self) -> int:
         return self.job.sampling.num_inference_steps * self.job.num_images
-
-
-def place_of(job: CustomizeJob, number: int) -> Place:
-    """Where a job stands in the line to be prepared: interactive ones first, then by pixels times steps."""
-    sampling = job.sampling
-    pixels = sampling.height * sampling.width + sum(one.resolution**2 for one in job.references if one.resolution)
-    return job.priority != "interactive", pixels * sampling.num_inference_steps * job.num_images, number

@@ -67,7 +67,7 @@ def stored(store: ArtifactStore) -> Pictures:
     noise = np.random.default_rng(1).integers(0, 256, (40, 48, 4), dtype=np.uint8)  # with alpha
     mask = np.zeros((40, 48), np.uint8)
     mask[10:30, 12:40] = 255
-    keys = [store.put(png(pixels)) for pixels in (draw_portrait().pixels, toy, noise, mask)]
+    keys = [store.put("default", png(pixels)) for pixels in (draw_portrait().pixels, toy, noise, mask)]
     return Pictures(*keys)
 
 
@@ -93,7 +93,7 @@ def drawn(pipeline: Pipeline, encoded: Any, seed: int) -> bytes:
 
 def test_the_same_picture_with_and_without_caches(pipeline: Pipeline, store: ArtifactStore, job: CustomizeJob) -> None:
     """Latents, embeddings and PNG are those of the plain phases, whether nothing, everything or part of it was kept."""
-    decoded = tuple(decoded_reference(wanted, store, pipeline.spec, LIMITS) for wanted in job.references)
+    decoded = tuple(decoded_reference(wanted, "default", store, pipeline.spec, LIMITS) for wanted in job.references)
     request = request_of(job, decoded)
     plain = pipeline.encode(request, pipeline.preprocess(request))
     picture = drawn(pipeline, plain, job.sampling.seed)
@@ -168,14 +168,14 @@ def test_a_deleted_picture_is_not_served_from_a_cache(
     """The job fails as it would without caches, and what was made of the picture is dropped."""
     caches, key = Caches(), getattr(stored, which)
     prepare(job, pipeline, store, caches, LIMITS)
-    data = store.read(key)
+    data = store.read("default", key)
     path_of(store, key).unlink()
     for kept in (caches, Caches(0, 0, 0)):
         with pytest.raises(ArtifactError) as caught:
             prepare(job, pipeline, store, kept, LIMITS)
         assert caught.value.code == "artifact_missing"
     assert caches.counts()["latents"].entries == caches.counts()["prepared"].entries == 2
-    store.put(data)
+    store.put("default", data)
     used = prepare(job, pipeline, store, caches, LIMITS).used
     assert [name for name, outcome in used.items() if outcome == "miss"] == [
         "reference_1" if which == "portrait" else "reference_2"
@@ -190,9 +190,9 @@ def test_a_picture_deleted_meanwhile_is_not_kept(
     caches = Caches()
 
     class Deleting(StandinPipeline):
-        def encode_prompt(self, prompt: str) -> Any:
+        def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:
             self.delete("encode_prompt")
-            return super().encode_prompt(prompt)
+            return super().encode_prompt(prompt, adaptation)
 
         def encode_reference(self, reference: Any) -> Any:
             self.delete("encode_reference")
@@ -213,6 +213,12 @@ def test_tenants_share_nothing(pipeline: Pipeline, store: ArtifactStore, job: Cu
     caches = Caches()
     prepare(job, pipeline, store, caches, LIMITS)
     foreign = replace(job, tenant="another")
+    with pytest.raises(ArtifactError) as caught:
+        prepare(foreign, pipeline, store, Caches(), LIMITS)
+    assert caught.value.code == "artifact_missing", "nor is the first one's stored picture found"
+    for path in list((store.root / "references").rglob("*")):
+        if path.is_file():
+            store.put("another", path.read_bytes())
     assert set(prepare(foreign, pipeline, store, caches, LIMITS).used.values()) == {"miss"}
     for wanted in job.references:
         caches.purge("default", wanted.image)
@@ -276,7 +282,7 @@ def served_wrongly(pairs: list[tuple[ReferenceInput, Pipeline]], store: Artifact
     cache = Cache[PreparedReference](2**20)
 
     def prepared(wanted: ReferenceInput, pipeline: Pipeline) -> PreparedReference:
-        return pipeline.prepare_reference(decoded_reference(wanted, store, pipeline.spec, LIMITS))
+        return pipeline.prepare_reference(decoded_reference(wanted, "default", store, pipeline.spec, LIMITS))
 
     def ends(make: Callable[[], PreparedReference]) -> object:
         try:
@@ -348,9 +354,8 @@ def test_a_shared_failure_names_each_jobs_own_slot(store: ArtifactStore, stored:
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(fail, 1)
         assert pipeline.begun.wait(WAIT_S)
-        (flight,) = caches.prepared._flights.values()
         second = pool.submit(fail, 3)
-        wait_for(lambda: len(flight.landing._condition._waiters) == 1, "the second job to wait", WAIT_S)
+        wait_for(lambda: caches.prepared.counts().hits == 1, "the second job to wait", WAIT_S)
         pipeline.release.set()
         errors = first.result(WAIT_S), second.result(WAIT_S)
     assert [(error.slot, error.message) for error in errors] == [(1, "references[0]"), (3, "references[2]")]
@@ -388,4 +393,4 @@ def test_records_from_before_are_read(make_job: MakeJob) -> None:
 
 
 def path_of(store: ArtifactStore, key: str) -> Any:
-    return store.root / "references" / key[:2] / key
+    return store._reference("default", key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_references_reach_the_pipeline_decoded(make_runner: Make, make_job: Make
     mask = 255 - alpha
     pipeline = StandinPipeline()
     runner = make_runner(pipeline)
-    put = runner.store.put
+    put = partial(runner.store.put, "default")
     clear, solid = put(png(np.dstack([rgb, alpha]))), put(png(np.dstack([rgb, np.full_like(alpha, 255)])))
     references = (
         ReferenceInput(1, Role.SUBJECT, put(png(rgb))),
@@ -163,7 +164,7 @@ def test_failures_have_codes_and_hold_no_content(
 
 def test_storage_failures(runner: JobRunner, make_job: MakeJob, tmp_path: Path) -> None:
     """Missing, corrupt and undecodable references, and a store that cannot be written, each have their code."""
-    put = runner.store.put
+    put = partial(runner.store.put, "default")
     corrupt = put(b"will be corrupt")
     next(runner.store.root.rglob(corrupt)).write_bytes(b"other")
     for number, (key, code) in enumerate(
@@ -298,7 +299,9 @@ def test_redis_away_for_too_long(tmp_path: Path, make_job: MakeJob) -> None:
 
 def test_what_was_kept_is_said(runner: JobRunner, make_job: MakeJob) -> None:
     """The first job of a kind misses, the next one hits, and a tenant never hits what another's job has left."""
-    picture = runner.store.put(png(np.zeros((8, 8, 3), np.uint8)))
+    data = png(np.zeros((8, 8, 3), np.uint8))
+    picture = runner.store.put("default", data)
+    assert runner.store.put("other", data) == picture
     references = (ReferenceInput(2, Role.SUBJECT, picture),)
     outcomes = [
         record.result and record.result.cache

@@ -76,7 +76,7 @@ class Crew:
     def submit(self, make_job: MakeJob, **changes: object) -> CustomizeJob:
         self.jobs += 1
         job = make_job(f"job_{self.jobs}", **changes)
-        assert self.ledger.accept(job)
+        assert self.ledger.accept(job).outcome == "new"
         queues.ring(self.client, CUSTOMIZE, job.id)
         return job
 

@@ -57,7 +57,7 @@ class Yard:
     def submit(self, name: str = "one", **overrides: Any) -> str:
         recipe = load_recipe("sticker-adapter").changed(SMALL | overrides)
         job = TrainingJob(f"train_{name}", "stickers", recipe.model_dump(mode="json"))
-        assert self.ledger.accept(job)
+        assert self.ledger.accept(job).outcome == "new"
         queues.ring(self.client, TRAINING, job.id)
         return job.id
 
