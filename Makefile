@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo serve test check format golden evaluate faults bench wheels gpu gpu-bench tiny lock clean
+.PHONY: help setup demo serve test check format golden openapi evaluate faults bench wheels gpu gpu-bench tiny lock clean
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 11
 
@@ -39,6 +39,9 @@ format: $(VENV)/dev.stamp ## format and fix what lint can fix
 golden: $(VENV)/dev.stamp ## compare with recordings of the released pipeline
 	$(BIN)/python -m tests.golden
 
+openapi: $(VENV)/run.stamp ## write docs/openapi.json anew
+	$(BIN)/dreamserve openapi > docs/openapi.json
+
 evaluate: $(VENV)/run.stamp ## how well the model customizes StickerWorld scenes, beside controls
 	$(BIN)/python -m workers.training.measuring.evaluate
 
@@ -74,7 +77,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform
 	--generate-hashes --no-emit-package torch --no-emit-find-links --no-annotate --no-header
 lock: $(VENV)/run.stamp ## resolve the locks anew
 	$(COMPILE) pyproject.toml -c deploy/torch.txt -o requirements.lock
-	$(COMPILE) pyproject.toml --extra dev --extra train --extra plan -c deploy/torch.txt -c requirements.lock -o requirements-dev.lock
+	$(COMPILE) pyproject.toml --extra dev --extra train --extra plan --extra traces -c deploy/torch.txt -c requirements.lock -o requirements-dev.lock
 
 clean: ## remove what was built
 	rm -rf $(VENV) out .state .gpu wheels

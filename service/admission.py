@@ -12,15 +12,20 @@ from dataclasses import dataclass
 
 from model.roles import Role
 from model.spec import ModelSpec, Range
+from service.adapters import adapter_use
 from service.images import Picture, PictureGate
+from service.limits import StepCost, cost_s
 from service.problems import Fault, Problem
 from service.prompts import check_prompt, clean_text, with_trigger
-from service.records import accept
 from service.schemas import CustomizeRequest, ReferenceBody
+from service.submissions import Submitted, Terms, submit, webhook_of
 from workers.artifacts import ArtifactStore
-from workers.jobs import CustomizeJob, CustomizeRecord, ReferenceInput, Sampling
+from workers.courier.addresses import Rules, UrlForbiddenError, check_url
+from workers.jobs import CustomizeJob, JobResult, Progress, ReferenceInput, Sampling
 from workers.ledger import CustomizeLedger
 from workers.pictures import PictureLimits
+from workers.references import References
+from workers.registry import Registry
 
 SEEDS = 2**64
 DRAWN_SEEDS = 2**53
@@ -32,18 +37,23 @@ DEFAULT_NEGATIVE_GUIDANCE = 3.5  # dreamo app.py
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What admitting needs; one per process."""
+    """What admitting needs; one per process. `webhooks`: the rules for theirs; None where none is signed."""
 
     spec: ModelSpec
     limits: PictureLimits
     store: ArtifactStore
     ledger: CustomizeLedger
+    references: References
+    registry: Registry
+    rules: Rules
+    webhooks: Rules | None
+    step: StepCost
 
-    def customize(self, request: CustomizeRequest) -> CustomizeRecord:
+    def customize(self, request: CustomizeRequest, terms: Terms) -> Submitted[CustomizeJob, Progress, JobResult]:
         """Accept one job and ring for it.
 
         Raises:
-            Problem: 422 with every fault found.
+            Problem: 422 with every fault found; what `submit` raises.
             ArtifactError: `storage_unavailable`.
             redis.exceptions.RedisError: Redis is away.
         """
@@ -52,27 +62,33 @@ class Admission:
         faults += check_references(request, self.spec)
         faults += check_sampling(request, self.spec)
         faults += check_metadata(request.metadata)
+        webhook = webhook_of(request.webhook, self.webhooks, faults)
+        tenant = terms.tenant
+        adapter = adapter_use(request.adapter, self.registry.of(tenant), faults)
         if faults:
             raise Problem.of_faults(faults)
-        occupied = [(slot, body) for slot, body in enumerate(request.references, start=1) if body is not None]
-        read = self._read(occupied)
-        if any(body.role == Role.STYLE for _, body in occupied):
+        references = self._references(request, tenant)
+        if any(reference.role is Role.STYLE for reference in references):
             prompt = with_trigger(prompt, self.spec.style_trigger)
         job = CustomizeJob(
             id=f"job_{secrets.token_hex(16)}",
             model=self.spec.name,
             prompt=prompt,
             negative_prompt=negative,
-            references=tuple(
-                self._store(slot, body, *pictures) for (slot, body), pictures in zip(occupied, read, strict=True)
-            ),
+            references=references,
             sampling=resolve_sampling(request, self.spec),
             num_images=request.num_images,
             output_format=request.output.format,
             metadata=request.metadata,
+            tenant=tenant,
             priority=request.priority,
+            webhook=webhook,
+            adapter=adapter,
+            previews=request.previews,
+            request_id=terms.request_id,
+            traceparent=terms.traceparent,
         )
-        return accept(self.ledger, job)
+        return submit(self.ledger, job, terms, cost_s(job, self.spec, self.step))
 
     def _texts(self, request: CustomizeRequest, faults: list[Fault]) -> tuple[str, str]:
         longest = self.spec.max_prompt_characters
@@ -83,14 +99,28 @@ class Admission:
             faults += check_prompt(prompt, slots)
         return prompt, negative
 
-    def _read(self, occupied: list[tuple[int, ReferenceBody]]) -> list[tuple[Picture, Picture | None]]:
-        """Image and mask of each reference, all decoded once as proof."""
-        gate = PictureGate(self.limits)
-        read: list[tuple[Picture, Picture | None]] = []
+    def _references(self, request: CustomizeRequest, tenant: str) -> tuple[ReferenceInput, ...]:
+        """The occupied slots; nothing is stored before all of their pictures are read."""
+        occupied = [(slot, body) for slot, body in enumerate(request.references, start=1) if body is not None]
+        read = self._read(occupied, tenant)
+        return tuple(
+            self._store(tenant, slot, body, *pictures) for (slot, body), pictures in zip(occupied, read, strict=True)
+        )
+
+    def _read(
+        self, occupied: list[tuple[int, ReferenceBody]], tenant: str
+    ) -> list[tuple[Picture | None, Picture | None]]:
+        """Image and mask of each reference, all decoded once as proof; no image for a URL, which is fetched later."""
+        gate = PictureGate(self.limits, lambda ref_id: self.references.find(tenant, ref_id, renew=True))
+        read: list[tuple[Picture | None, Picture | None]] = []
         for slot, body in occupied:
             pointer = f"/references/{slot - 1}"
+            if _is_url(body.image):
+                gate.faults += self._check_fetched(body, pointer)
+                read.append((None, None))
+                continue
             image = gate.read(body.image, f"{pointer}/image")
-            mask = gate.read(body.mask, f"{pointer}/mask", mask=True) if body.mask is not None else None
+            mask = gate.read(body.mask, f"{pointer}/mask") if body.mask is not None else None
             if image and mask and image.size != mask.size:
                 detail = "The mask must have exactly the picture's width and height."
                 gate.faults.append(Fault(f"{pointer}/mask", "mask_size_mismatch", detail))
@@ -100,15 +130,36 @@ class Admission:
             raise Problem.of_faults(gate.faults)
         return read
 
-    def _store(self, slot: int, body: ReferenceBody, image: Picture, mask: Picture | None) -> ReferenceInput:
+    def _check_fetched(self, body: ReferenceBody, pointer: str) -> list[Fault]:
+        try:
+            check_url(body.image, self.rules)
+        except UrlForbiddenError as error:
+            return [Fault(f"{pointer}/image", error.code, error.message)]
+        if body.mask is None:
+            return []
+        detail = "A mask goes with a picture that is sent or uploaded, since their sizes are compared."
+        return [Fault(f"{pointer}/mask", "not_enabled", detail)]
+
+    def _store(
+        self, tenant: str, slot: int, body: ReferenceBody, image: Picture | None, mask: Picture | None
+    ) -> ReferenceInput:
         return ReferenceInput(
             slot=slot,
             role=Role(body.role),
-            image=self.store.put(image.data),
-            mask=self.store.put(mask.data) if mask else None,
+            image=self._keep(tenant, image) if image else "",
+            url=None if image else body.image,
+            mask=self._keep(tenant, mask) if mask else None,
             resolution=body.resolution or _default_resolution(body.role, self.spec),
             on_no_face=body.on_no_face,
         )
+
+    def _keep(self, tenant: str, picture: Picture) -> str:
+        content = picture.content
+        return content if isinstance(content, str) else self.store.put(tenant, content)
+
+
+def _is_url(image: str) -> bool:
+    return image[:8].lower() == "https://"
 
 
 def check_references(request: CustomizeRequest, spec: ModelSpec) -> list[Fault]:
@@ -155,6 +206,8 @@ def check_sampling(request: CustomizeRequest, spec: ModelSpec) -> list[Fault]:
     faults += _check_window(request, spec)
     if request.seed is not None and not 0 <= request.seed < SEEDS:
         faults.append(Fault("/seed", "seed_out_of_range", "Use an integer from 0 to 2**64 - 1, or leave it out."))
+    if not 0 <= request.previews <= spec.num_inference_steps.maximum:
+        faults.append(Fault("/previews", "invalid_value", "Every so many steps, or 0 for none."))
     if not 1 <= request.num_images <= spec.max_images:
         faults.append(Fault("/num_images", "num_images_out_of_range", f"Use 1 to {spec.max_images}."))
     return faults

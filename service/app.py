@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from service.gateway import open_gateway
 from service.openapi import install_openapi
+from service.picture_routes import router as picture_router
 from service.problems import (
     TABLE,
     Fault,
@@ -23,28 +24,40 @@ from service.problems import (
     answer_http,
     answer_problem,
 )
-from service.routes import router
+from service.reference_routes import router as reference_router
+from service.routes import open_router, router
 from service.settings import GatewaySettings
 from service.shell import RequestShell
 from service.training_routes import router as training_router
 from workers.artifacts import ArtifactError
+from workers.exposition import open_exposition
 from workers.logs import configure_logging
+from workers.tracing import Tracing, open_tracing
 
 _LOG = structlog.stdlib.get_logger("service")
 
 
-def create_app(settings: GatewaySettings) -> FastAPI:
+def create_app(settings: GatewaySettings, tracing: Tracing | None = None) -> FastAPI:
     """The application over `settings`; touches neither Redis nor the disk yet.
+
+    Args:
+        tracing: where spans go; None: as the environment says.
 
     Raises:
         ValueError: no Redis is configured.
         WeightsError: the model's configuration is missing or wrong.
     """
-    gateway = open_gateway(settings)
+    gateway = open_gateway(settings, tracing or open_tracing("gateway"))
+    readiness, metrics = gateway.readiness, gateway.metrics
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        exposition = open_exposition(settings, metrics.registry, alive=dict[str, str], ready=readiness.failed)
         yield
+        gateway.watcher.leave()
+        if exposition is not None:
+            await to_thread.run_sync(exposition.close)
+        await to_thread.run_sync(gateway.tracing.flush)
         await to_thread.run_sync(gateway.redis.close)
 
     app = FastAPI(
@@ -57,14 +70,17 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         redirect_slashes=False,  # its answer is built from the Host header
     )
     app.state.gateway = gateway
+    app.include_router(open_router)
     app.include_router(router)
+    app.include_router(picture_router)
+    app.include_router(reference_router)
     app.include_router(training_router)
     app.add_exception_handler(Problem, answer_problem)  # pyright: ignore[reportArgumentType] - starlette types handlers by Exception
     app.add_exception_handler(HTTPException, answer_http)  # pyright: ignore[reportArgumentType] - as above
     app.add_exception_handler(RequestValidationError, _answer_validation)  # pyright: ignore[reportArgumentType] - as above
     app.add_exception_handler(RedisError, _answer_redis)
     app.add_exception_handler(ArtifactError, _answer_artifact)  # pyright: ignore[reportArgumentType] - as above
-    app.add_middleware(RequestShell)
+    app.add_middleware(RequestShell, metrics=metrics, tracing=gateway.tracing)
     install_openapi(app)
     return app
 
@@ -77,24 +93,26 @@ def app_factory() -> FastAPI:
 
 
 def _answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Path and query parameters; a path that cannot be an id is simply not there."""
+    """Path and query parameters and headers; a path that cannot be an id is simply not there."""
     faults: list[Fault] = []
     for item in error.errors():
         place, *names = item["loc"]
         if place == "path":
             return answer_problem(request, Problem("not_found"))
-        faults.append(Fault("?" + ".".join(str(name) for name in names), "invalid_value", item["msg"] + "."))
+        name = ".".join(str(name) for name in names)
+        pointer = f"{name.title()}:" if place == "header" else f"?{name}"
+        faults.append(Fault(pointer, "invalid_value", item["msg"] + "."))
     return answer_problem(request, Problem.of_faults(faults))
 
 
 def _answer_redis(request: Request, error: Exception) -> JSONResponse:
-    _LOG.warning("redis failed", request_id=request.state.request_id, exception=type(error).__name__)
+    _LOG.warning("redis failed", exception=type(error).__name__)
     return answer_problem(request, Problem("queue_unavailable"))
 
 
 def _answer_artifact(request: Request, error: ArtifactError) -> JSONResponse:
     code = error.code if error.code in TABLE else "storage_unavailable"
-    _LOG.warning("artifact store failed", request_id=request.state.request_id, code=code)
+    _LOG.warning("artifact store failed", code=code)
     return answer_problem(request, Problem(code))
 
 

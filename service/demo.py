@@ -11,8 +11,9 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from service.client import Job, Reference
 from service.samples import contact_sheet, sample
-from service.submit import Finished, SubmitError, customize, data_url, model_about
+from service.submit import SubmitError, service_at
 from workers.lifeline import die_with_parent
 
 PROMPT = "the star [ref#1] at the top left and the ring [ref#2] at the bottom right on grass"
@@ -21,37 +22,39 @@ READY_S = 300.0
 STOP_S = 40.0
 
 
-def run_demo(out: Path, report: Callable[[str], None]) -> Finished:
+def run_demo(out: Path, report: Callable[[str], None]) -> Job:
     """Write `demo.png` and `contact-sheet.png` to `out`; everything that was started has ended on return.
 
     Raises:
         SubmitError: the service did not start, or refused or failed the job.
     """
-    references = {"star": sample("star"), "ring": sample("ring")}
-    body = {
-        "prompt": PROMPT,
-        "references": [{"role": "subject", "image": data_url(data, name)} for name, data in references.items()],
-        "seed": SEED,
-    }
+    samples = {"star": sample("star"), "ring": sample("ring")}
+    references = [Reference.bytes(data, role="subject") for data in samples.values()]
     report("starting Redis, a worker and the gateway ...")
-    with tempfile.TemporaryDirectory(prefix="dreamserve-demo-") as state, _serving(Path(state)) as url:
+    with (
+        tempfile.TemporaryDirectory(prefix="dreamserve-demo-") as state,
+        _serving(Path(state)) as url,
+        service_at(url) as client,
+    ):
         report(f"ready at {url}; submitting two references")
-        about = model_about(url)
-        finished = customize(url, body, lambda _: None)
+        about = client.models()[0].about
+        job = client.customize(PROMPT, references, seed=SEED).wait()
+        picture = job.images[0].read()
     if about:
         report(about)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.png").write_bytes(finished.images[0])
-    captions = [f"[ref#{slot}] {name}" for slot, name in enumerate(references, start=1)]
-    tiles = [*zip(captions, references.values(), strict=True), (f"result, seed {SEED}", finished.images[0])]
+    (out / "demo.png").write_bytes(picture)
+    captions = [f"[ref#{slot}] {name}" for slot, name in enumerate(samples, start=1)]
+    tiles = [*zip(captions, samples.values(), strict=True), (f"result, seed {SEED}", picture)]
     (out / "contact-sheet.png").write_bytes(contact_sheet(tiles))
-    return finished
+    return job
 
 
 @contextmanager
 def _serving(state_dir: Path) -> Generator[str]:
     """`dreamserve serve` on a free loopback port with nothing of the caller's own Redis or state."""
-    environment = {key: value for key, value in os.environ.items() if key != "DREAMSERVE_REDIS_URL"}
+    own = ("DREAMSERVE_REDIS_URL", "DREAMSERVE_AUTH")
+    environment = {key: value for key, value in os.environ.items() if key not in own}
     command = [sys.executable, "-m", "service.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--workers", "1", "--state-dir", str(state_dir)],

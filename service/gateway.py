@@ -11,14 +11,24 @@ from fastapi import Depends, Request
 
 from model.spec import ModelSpec, load_spec
 from service.admission import Admission
+from service.auth import Door
+from service.events import Watcher
+from service.limits import StepCost
+from service.metrics import GatewayMetrics
+from service.readiness import Readiness
+from service.records import DrainGauge
 from service.settings import GatewaySettings
 from service.trainings import TrainingAdmission
 from workers import queues
 from workers.artifacts import ArtifactStore
+from workers.courier.addresses import Rules
 from workers.jobs import CUSTOMIZE, TRAINING
-from workers.ledger import CustomizeLedger, Ledger
+from workers.ledger import CustomizeLedger, open_ledger
 from workers.pictures import PictureLimits
+from workers.references import References
 from workers.registry import Registry
+from workers.tenants import TenantBook
+from workers.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +38,23 @@ class Gateway:
     settings: GatewaySettings
     spec: ModelSpec
     redis: redis.Redis
+    door: Door
     ledger: CustomizeLedger
     store: ArtifactStore
+    references: References
     admission: Admission
     trainings: TrainingAdmission
     registry: Registry
     decoding: anyio.CapacityLimiter
+    watcher: Watcher
+    gauge: DrainGauge
+    training_gauge: DrainGauge
+    metrics: GatewayMetrics
+    tracing: Tracing
+    readiness: Readiness
 
 
-def open_gateway(settings: GatewaySettings) -> Gateway:
+def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
     """Everything but the network: Redis and the store are first touched by a request.
 
     Raises:
@@ -47,15 +65,46 @@ def open_gateway(settings: GatewaySettings) -> Gateway:
         raise ValueError("set DREAMSERVE_REDIS_URL, or start everything with `dreamserve serve`")
     spec = load_spec(settings.base_model, version=settings.version, turbo=settings.turbo)
     client = queues.connect(settings.redis_url, timeout_s=settings.redis_timeout_s)
-    ledger = Ledger(client, CUSTOMIZE, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s)
-    store = ArtifactStore(settings.artifact_root)
-    admission = Admission(spec, PictureLimits(), store, ledger)
-    trainings = TrainingAdmission(
-        settings, Ledger(client, TRAINING, job_ttl_s=settings.job_ttl_s, lease_s=settings.lease_s)
+    ledger = open_ledger(client, CUSTOMIZE, settings)
+    admission = _admission(settings, spec, client, ledger)
+    trainings = TrainingAdmission(settings, open_ledger(client, TRAINING, settings), admission.webhooks)
+    metrics = GatewayMetrics.fresh()
+    metrics.watch({CUSTOMIZE.queue: ledger, TRAINING.queue: trainings.ledger}, tenants=settings.metrics_tenants)
+    return Gateway(
+        settings=settings,
+        spec=spec,
+        redis=client,
+        door=Door(TenantBook(client), settings.auth, settings.host),
+        ledger=ledger,
+        store=admission.store,
+        references=admission.references,
+        admission=admission,
+        trainings=trainings,
+        registry=admission.registry,
+        decoding=anyio.CapacityLimiter(settings.admissions),
+        watcher=Watcher(ledger),
+        gauge=DrainGauge(ledger),
+        training_gauge=DrainGauge(trainings.ledger),
+        metrics=metrics,
+        tracing=tracing,
+        readiness=Readiness(client, admission.store, settings.store_reserve_mib << 20),
     )
-    registry = Registry(settings.adapter_root)
-    limiter = anyio.CapacityLimiter(settings.admissions)
-    return Gateway(settings, spec, client, ledger, store, admission, trainings, registry, limiter)
+
+
+def _admission(settings: GatewaySettings, spec: ModelSpec, client: redis.Redis, ledger: CustomizeLedger) -> Admission:
+    store = ArtifactStore(settings.artifact_root)
+    rules = Rules.of(settings)
+    return Admission(
+        spec,
+        PictureLimits(),
+        store,
+        ledger,
+        References(client, store, settings.reference_ttl_s),
+        Registry(settings.adapter_root),
+        rules=rules,
+        webhooks=rules if settings.webhook_secrets else None,
+        step=StepCost(settings.step_token_s, settings.step_square_s),
+    )
 
 
 def _gateway(request: Request) -> Gateway:

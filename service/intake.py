@@ -18,9 +18,7 @@ MAX_SEPARATORS = 100_000
 """Commas and brackets in a body. Base64 has none: only bodies that unfold into a host of objects reach it."""
 
 NOT_ENABLED = {
-    "adapter": "Adapters are not enabled on this server: leave the field out.",
     "include": "Extra outputs are not enabled on this server: leave the field out.",
-    "webhook": "Webhooks are not enabled on this server: poll the job instead.",
 }
 """Fields of the contract that this version refuses by name rather than as unknown."""
 
@@ -132,5 +130,4 @@ def _deeper_than(value: Any, limit: int) -> bool:
 
 
 def _too_large(max_bytes: int) -> Problem:
-    detail = f"The body exceeds {max_bytes} bytes: send fewer or smaller references."
-    return Problem("payload_too_large", detail, headers={"Connection": "close"})
+    return Problem("payload_too_large", f"The body exceeds {max_bytes} bytes: send fewer or smaller references.")

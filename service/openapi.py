@@ -20,6 +20,16 @@ CUSTOMIZE_BODY: dict[str, Any] = {
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/CustomizeRequest"}}},
 }
 
+_PICTURE = {"schema": {"type": "string", "format": "binary"}}
+_FORM = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
+REFERENCE_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        **dict.fromkeys(("image/png", "image/jpeg", "image/webp"), _PICTURE),
+        "multipart/form-data": {"schema": _FORM},
+    },
+}
+
 TRAINING_BODY: dict[str, Any] = {
     "required": True,
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/TrainingRequest"}}},

@@ -44,12 +44,27 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         "json_too_complex": ProblemType(
             400, "JSON too complex", "The body is nested deeper than 32 levels or holds far too many values."
         ),
-        "not_found": ProblemType(404, "Not found", "There is no such route, job or picture."),
+        "malformed_form": ProblemType(
+            400, "Not a form with one file", "Send multipart/form-data with one part, a file, or the bare picture."
+        ),
+        "malformed_request": ProblemType(
+            400, "Not HTTP", "The request is not HTTP/1.1 as RFC 9112 has it, or its body is framed in two ways."
+        ),
+        "unauthenticated": ProblemType(
+            401, "Key wanted", "Send `Authorization: Bearer KEY` with a key of this service that is not revoked."
+        ),
+        "not_found": ProblemType(404, "Not found", "There is no such route, job, reference or picture."),
         "method_not_allowed": ProblemType(
             405, "Method not allowed", "The route exists, not with this method: see the Allow header."
         ),
         "request_timeout": ProblemType(
-            408, "Request timed out", "The body did not arrive in time: send it again.", retryable=True
+            408, "Request timed out", "The request did not arrive in time: send it again.", retryable=True
+        ),
+        "job_not_finished": ProblemType(
+            409, "Job not finished", "Only what has ended can be deleted: cancel it, wait for its end, then delete it."
+        ),
+        "job_gone": ProblemType(
+            410, "Job gone", "It was deleted, or its record has expired: submit it again if you need it."
         ),
         "artifact_missing": ProblemType(
             410, "Picture gone", "The picture's file is no longer there: submit the job again."
@@ -58,7 +73,10 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
             413, "Body too large", "The body exceeds the byte limit: send fewer or smaller references."
         ),
         "unsupported_media_type": ProblemType(
-            415, "Unsupported media type", "Send the body as application/json without a content encoding."
+            415, "Unsupported media type", "Send the body in a type that the route takes, without a content encoding."
+        ),
+        "range_not_satisfiable": ProblemType(
+            416, "Range not satisfiable", "The picture is shorter: its length is in Content-Range."
         ),
         "invalid_request": _meaning("Invalid request", "Several different faults: see `errors`."),
         "missing_field": _meaning("Field missing", "A required field is absent."),
@@ -96,8 +114,15 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         ),
         "seed_out_of_range": _meaning("Seed out of range", "A seed is an integer from 0 to 2**64 - 1."),
         "num_images_out_of_range": _meaning("Number of images", "From 1 to the model's `max_images`."),
+        "adapter_unknown": _meaning(
+            "Adapter unknown", "There is no adapter of this name, or none of this version: see /v1/adapters."
+        ),
+        "adapter_scale_out_of_range": _meaning("Adapter scale", "The scale of an adapter is from -2 to 2."),
         "metadata_too_large": _meaning(
             "Metadata too large", "At most 16 entries and 2048 bytes of keys and values together."
+        ),
+        "reference_unknown": _meaning(
+            "Reference unknown", "No uploaded reference has this id, or none any more: upload the picture again."
         ),
         "image_url_invalid": _meaning(
             "Not a data URL", "Write `data:image/png;base64,` (or jpeg, webp) and strict base64 with padding."
@@ -109,6 +134,12 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         "image_too_large": _meaning("Picture too large", "Too many bytes or pixels: scale it down."),
         "image_unsupported": _meaning("Picture format unsupported", "Use a still PNG, JPEG or WebP."),
         "mask_size_mismatch": _meaning("Mask size differs", "A mask is exactly as large as its picture."),
+        "idempotency_conflict": _meaning(
+            "Idempotency key used before", "The key came with another body within 24 hours: take a new key."
+        ),
+        "url_forbidden": _meaning(
+            "URL not allowed", "Only https URLs that lead to public addresses, on the ports of this server's rules."
+        ),
         "cursor_invalid": _meaning("Cursor invalid", "Use a `next_cursor` of the same listing, or none."),
         "recipe_unknown": _meaning("Recipe unknown", "The server has no recipe of this name: see /v1/recipes."),
         "recipe_unusable": _meaning(
@@ -119,6 +150,13 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         ),
         "dataset_missing": _meaning("Dataset missing", "The recipe trains on a dataset: name one of /v1/recipes."),
         "dataset_unknown": _meaning("Dataset unknown", "The server has no dataset of this name: see /v1/recipes."),
+        "tenant_over_share": ProblemType(
+            429,
+            "Share used up",
+            "Your waiting and running jobs fill your share of the service: try again after Retry-After.",
+            retryable=True,
+        ),
+        "head_too_large": ProblemType(431, "Headers too large", "The request line and headers exceed 16 KiB."),
         "internal": ProblemType(
             500,
             "Internal error",
@@ -130,6 +168,15 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         ),
         "queue_unavailable": ProblemType(
             503, "Queue unavailable", "Redis does not answer: try again after Retry-After.", retryable=True
+        ),
+        "over_capacity": ProblemType(
+            503,
+            "Service full",
+            "More waits than the service takes on at a time: try again after Retry-After.",
+            retryable=True,
+        ),
+        "draining": ProblemType(
+            503, "Leaving", "This gateway is about to end: ask another, or again in a moment.", retryable=True
         ),
         "storage_unavailable": ProblemType(
             503,
@@ -220,11 +267,13 @@ def problem_response(details: ProblemDetails, request_id: str) -> JSONResponse:
 
 def answer_problem(request: Request, error: Problem) -> JSONResponse:
     """Exception handler for `Problem`."""
+    request.state.problem = error.details.code
     return problem_response(error.details, request.state.request_id)
 
 
 def answer_http(request: Request, error: HTTPException) -> JSONResponse:
     """Exception handler for what the framework itself refuses: unknown routes and methods."""
     code = _BY_STATUS.get(error.status_code, "internal")
+    request.state.problem = code
     details = ProblemDetails(code, TABLE[code].meaning, headers=dict(error.headers or {}))
     return problem_response(details, request.state.request_id)

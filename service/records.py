@@ -1,20 +1,19 @@
-"""What jobs and trainings share between HTTP and their ledgers: acceptance, ids, pages, cancelling, common fields."""
+"""What jobs and trainings share between HTTP and their ledgers: ids, pages, cancelling, places in line, fields."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query, Response, status
 
+from service.limits import WINDOWS_S, drain_rate
 from service.problems import Fault, Problem
-from service.schemas import JobErrorView, JobUrls, QueueView
-from workers import queues
+from service.schemas import JobErrorView, QueueView
 from workers.jobs import JobRecord, JobStatus, JobT, ProgressT, ResultT
 from workers.ledger import Ledger, Page
-
-T = TypeVar("T")
 
 RecordId = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="The `id` of the answer that accepted it.")
@@ -29,14 +28,14 @@ class PageQuery:
     cursor: Annotated[str | None, Query(max_length=256, description="`next_cursor` of the page before.")] = None
     limit: Annotated[int, Query(ge=1, le=100)] = 20
 
-    def read(self, ledger: Ledger[JobT, ProgressT, ResultT]) -> Page[JobT, ProgressT, ResultT]:
-        """The records, newest first, and the cursor of the next page.
+    def read(self, ledger: Ledger[JobT, ProgressT, ResultT], tenant: str) -> Page[JobT, ProgressT, ResultT]:
+        """The tenant's records, newest first, and the cursor of the next page.
 
         Raises:
             Problem: 422, the cursor is none of this listing.
         """
         try:
-            return ledger.list(self.cursor, self.limit, self.status)
+            return ledger.list(tenant, self.cursor, self.limit, self.status)
         except ValueError:
             detail = "Use a next_cursor of this listing, or none to start anew."
             raise Problem.of_faults([Fault("?cursor", "cursor_invalid", detail)]) from None
@@ -45,75 +44,70 @@ class PageQuery:
 PageDependency = Annotated[PageQuery, Depends()]
 
 
-def accept(ledger: Ledger[JobT, ProgressT, ResultT], job: JobT) -> JobRecord[JobT, ProgressT, ResultT]:
-    """Record a job and ring for it.
+class DrainGauge:
+    """How fast jobs end lately; asked once a second at most."""
+
+    def __init__(self, ledger: Ledger[Any, Any, Any]) -> None:
+        self.ledger = ledger
+        self._known: tuple[float, float | None] = (float("-inf"), None)
+
+    def rate(self) -> float | None:
+        """Jobs per second; None if none ended lately."""
+        until, rate = self._known
+        now = time.monotonic()
+        if now >= until:
+            rate = drain_rate({window: self.ledger.ended(window) for window in WINDOWS_S})
+            self._known = (now + 1.0, rate)
+        return rate
+
+
+def found(ledger: Ledger[JobT, ProgressT, ResultT], record_id: str, tenant: str) -> JobRecord[JobT, ProgressT, ResultT]:
+    """The tenant's record of this id.
 
     Raises:
-        Problem: 503, it cannot be read back.
-        redis.exceptions.RedisError: Redis is away.
+        Problem: 404, there is none, or it is another tenant's: nobody can tell which; 410, it was the tenant's.
     """
-    ledger.accept(job)
-    queues.ring(ledger.redis, ledger.kind, job.id)
-    record = ledger.get(job.id)
-    if record is None:  # only with a time to live of nothing, or a Redis that forgets
-        raise Problem("queue_unavailable", "What was accepted could not be read back: try again.")
-    return record
-
-
-def accepted(what: str) -> dict[str, Any]:
-    """OpenAPI's 202 of a route that accepts; `point_to` sets its headers."""
-    return {
-        "description": f"Accepted: follow the {what} at Location.",
-        "headers": {
-            "Location": {"description": f"The {what}.", "schema": {"type": "string"}},
-            "Retry-After": {"description": "Seconds until polling makes sense.", "schema": {"type": "integer"}},
-        },
-    }
-
-
-def point_to(response: Response, urls: JobUrls, poll_after_s: int) -> None:
-    """Say where to follow what was accepted, and when to begin."""
-    response.headers["Location"] = urls.self
-    response.headers["Retry-After"] = str(poll_after_s)
-
-
-def found(value: T | None) -> T:
-    """What was looked for.
-
-    Raises:
-        Problem: 404, there is none.
-    """
-    if value is None:
-        raise Problem("not_found")
-    return value
+    record = ledger.get(record_id)
+    if record is not None and record.job.tenant == tenant:
+        return record
+    raise Problem("job_gone" if ledger.gone(record_id) == tenant else "not_found")
 
 
 def cancel(
-    ledger: Ledger[JobT, ProgressT, ResultT], record_id: str, response: Response
+    ledger: Ledger[JobT, ProgressT, ResultT], record_id: str, tenant: str, response: Response
 ) -> JobRecord[JobT, ProgressT, ResultT]:
     """The record afterwards; the answer becomes 202 while a running job has still to stop.
 
     Raises:
-        Problem: 404, there is none.
+        Problem: 404 or 410, as `found`.
     """
-    record = found(ledger.cancel(record_id))
+    found(ledger, record_id, tenant)
+    record = ledger.cancel(record_id)
+    if record is None:  # it ended long ago, and was forgotten between the two
+        raise Problem("job_gone")
     if record.status is JobStatus.RUNNING:
         response.status_code = status.HTTP_202_ACCEPTED
     return record
 
 
-def queue_position(ledger: Ledger[JobT, ProgressT, ResultT], record: JobRecord[JobT, ProgressT, ResultT]) -> int | None:
-    """How many are ahead of a queued one; None for others."""
-    return ledger.position(record.job.id) if record.status is JobStatus.QUEUED else None
+def place_in_queue(
+    ledger: Ledger[JobT, ProgressT, ResultT], record: JobRecord[JobT, ProgressT, ResultT], gauge: DrainGauge
+) -> QueueView | None:
+    """Where a queued one stands, and when it may start; None for others."""
+    position = ledger.position(record.job.id) if record.status is JobStatus.QUEUED else None
+    if position is None:
+        return None
+    rate = gauge.rate()
+    return QueueView(position=position, eta_s=None if rate is None else round(position / rate, 1))
 
 
-def common_fields(record: JobRecord[Any, Any, Any], url: str, *, position: int | None, ttl_s: float) -> dict[str, Any]:
-    """Fields that every record's body has. `url`: its own; `ttl_s`: life of a terminal record."""
+def common_fields(record: JobRecord[Any, Any, Any], *, queue: QueueView | None, ttl_s: float) -> dict[str, Any]:
+    """Fields that every record's body has. `ttl_s`: life of a terminal record."""
     finished = record.finished_at
     return {
         "id": record.job.id,
         "status": record.status,
-        "queue": None if position is None else QueueView(position=position),
+        "queue": queue,
         "attempt": record.attempt,
         "cancel_requested": record.cancel_requested,
         "created_at": time_text(record.created_at),
@@ -121,7 +115,6 @@ def common_fields(record: JobRecord[Any, Any, Any], url: str, *, position: int |
         "finished_at": None if finished is None else time_text(finished),
         "expires_at": None if finished is None else time_text(finished + ttl_s),
         "error": JobErrorView(**asdict(record.error)) if record.error else None,
-        "urls": JobUrls(self=url, cancel=f"{url}/cancel"),
         "metadata": record.job.metadata,
     }
 

@@ -2,98 +2,193 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from collections.abc import Callable
+from functools import partial
+from math import ceil
+from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Path, Request, Response, status
+from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
+from fastapi.responses import StreamingResponse
 
+from service.auth import TenantDependency, tenant_of
+from service.events import stream
 from service.gateway import Gateway, GatewayDependency
+from service.headers import MAX_WAIT_S, JobHeaders, JobHeadersDependency, names
 from service.intake import parse_json, read_body, validate
 from service.openapi import CUSTOMIZE_BODY, problems
 from service.problems import Problem
-from service.records import PageDependency, RecordId, accepted, cancel, found, point_to, queue_position
+from service.records import PageDependency, RecordId, cancel, found, place_in_queue
 from service.schemas import JobBody, JobList, Liveness, ModelList, Readiness
-from service.views import job_body, model_body
+from service.submissions import Submitted, Terms, accepted, point_to, replayed
+from service.views import job_body, job_etag, model_body
 from workers import queues
-from workers.jobs import CUSTOMIZE, CustomizeRecord
+from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, JobResult, Progress
+from workers.tracing import traceparent_of
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(tenant_of)], responses=problems(401))
+open_router = APIRouter()
+"""What whoever watches over the service asks, without a key."""
 
-ImageIndex = Annotated[int, Path(ge=0, le=99, description="Counted from 0.")]
 POLL_AFTER_S = 1
+MAX_POLL_AFTER_S = 30
 
 
 @router.post(
     "/v1/customize",
     status_code=status.HTTP_202_ACCEPTED,
-    responses={202: accepted("job"), **problems(400, 408, 413, 415, 422, 503)},
+    responses={
+        200: {"model": JobBody, "description": "Ended within the time that `Prefer: wait` names."},
+        202: accepted("job"),
+        **problems(400, 408, 410, 413, 415, 422, 429, 503),
+    },
     openapi_extra={"requestBody": CUSTOMIZE_BODY},
     summary="Make an image from a prompt and references",
 )
-async def customize(request: Request, response: Response, gateway: GatewayDependency) -> JobBody:
+async def customize(
+    request: Request,
+    response: Response,
+    gateway: GatewayDependency,
+    tenant: TenantDependency,
+    headers: JobHeadersDependency,
+) -> JobBody:
     """Accept a job. The pictures are checked before the answer; the result is awaited at `Location`."""
     settings = gateway.settings
     raw = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    body = await to_thread.run_sync(_admit, gateway, raw, limiter=gateway.decoding)
-    point_to(response, body.urls, POLL_AFTER_S)
+    admit = partial(_admit, request, gateway, tenant, headers, raw)
+    submitted = await to_thread.run_sync(admit, limiter=gateway.decoding)
+    record = submitted.record
+    if headers.wait_s:
+        record = await _awaited(gateway, record, headers.wait_s, lambda now: now.status.terminal)
+        response.headers["Preference-Applied"] = f"wait={headers.wait_s}"
+        if record.status.terminal:
+            response.status_code = status.HTTP_200_OK
+    body = await to_thread.run_sync(_body, gateway, record)
+    point_to(response, body.urls, None if record.status.terminal else _poll_after_s(body), replayed=submitted.replayed)
     return body
 
 
-def _admit(gateway: Gateway, raw: bytes) -> JobBody:
-    return _body(gateway, gateway.admission.customize(validate(parse_json(raw))))
+def _admit(
+    request: Request, gateway: Gateway, tenant: str, headers: JobHeaders, raw: bytes
+) -> Submitted[CustomizeJob, Progress, JobResult]:
+    with gateway.tracing.span("accept", request.state.traceparent) as span:
+        terms = Terms(
+            tenant,
+            once=headers.once(tenant, raw),
+            start_within_s=headers.start_within_s,
+            share_s=gateway.door.share(tenant, gateway.settings.share_s),
+            bound_s=gateway.settings.bound_s,
+            request_id=request.state.request_id,
+            traceparent=traceparent_of(span),
+        )
+        first = replayed(gateway.ledger, terms)
+        submitted = first or gateway.admission.customize(validate(parse_json(raw)), terms)
+    gateway.metrics.submitted(CUSTOMIZE.queue, replayed=submitted.replayed)
+    return submitted
 
 
 @router.get("/v1/jobs", responses=problems(422, 503), summary="List jobs, newest first")
-def list_jobs(gateway: GatewayDependency, page: PageDependency) -> JobList:
-    records, following = page.read(gateway.ledger)
+def list_jobs(gateway: GatewayDependency, tenant: TenantDependency, page: PageDependency) -> JobList:
+    records, following = page.read(gateway.ledger, tenant)
     return JobList(jobs=[_body(gateway, record) for record in records], next_cursor=following)
 
 
-@router.get("/v1/jobs/{id}", responses=problems(404, 503), summary="A job's state, progress and result")
-def get_job(gateway: GatewayDependency, id: RecordId) -> JobBody:
-    return _body(gateway, found(gateway.ledger.get(id)))
+@router.get(
+    "/v1/jobs/{id}",
+    responses={
+        304: {"description": "Nothing happened to it: If-None-Match names its ETag."},
+        **problems(404, 410, 422, 503),
+    },
+    response_model=JobBody,
+    summary="A job's state, progress and result",
+)
+async def get_job(
+    gateway: GatewayDependency,
+    tenant: TenantDependency,
+    id: RecordId,
+    request: Request,
+    response: Response,
+    wait: Annotated[int, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for its end; see below.")] = 0,
+) -> JobBody | Response:
+    """With `wait`, the answer comes when the job has ended; with If-None-Match too, when anything happens to it."""
+    known = request.headers.get("if-none-match")
+
+    def enough(now: CustomizeRecord) -> bool:
+        return now.status.terminal or (known is not None and not names(known, job_etag(now)))
+
+    record = await to_thread.run_sync(found, gateway.ledger, id, tenant)
+    record = await _awaited(gateway, record, wait, enough)
+    response.headers["ETag"] = job_etag(record)
+    if known is not None and names(known, response.headers["ETag"]):
+        return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers={"ETag": job_etag(record)})
+    return await to_thread.run_sync(_body, gateway, record)
+
+
+@router.get(
+    "/v1/jobs/{id}/events",
+    response_class=StreamingResponse,
+    responses={
+        200: {"description": "status, progress, preview and reset events.", "content": {"text/event-stream": {}}},
+        204: {"description": "It has ended, and all of it was told: do not come back."},
+        **problems(404, 410, 503),
+    },
+    summary="What happens to a job, as it happens",
+)
+async def follow_job(
+    gateway: GatewayDependency,
+    tenant: TenantDependency,
+    id: RecordId,
+    request: Request,
+    last_event_id: Annotated[str | None, Header(description="Go on after this event.")] = None,
+) -> Response:
+    """Server-sent events up to the one that ends the job. `reset`, whose data is the whole job: some are missing."""
+    ledger = gateway.ledger
+
+    def current() -> CustomizeRecord:
+        tenant_of(request)
+        return found(ledger, id, tenant)
+
+    async def body() -> Any:
+        return (await to_thread.run_sync(lambda: _body(gateway, current()))).model_dump(mode="json")
+
+    record = await to_thread.run_sync(current)
+    events, gap = await to_thread.run_sync(ledger.events, id, last_event_id, 1)
+    if not events and (record.status.terminal or gap):
+        return Response(status_code=status.HTTP_204_NO_CONTENT)
+    known = int(events[0].id) - 1 if events else int(last_event_id or 0)
+    allowed = partial(to_thread.run_sync, current, limiter=gateway.watcher.checks)
+    told = gateway.metrics.counted(stream(gateway.watcher, id, known, missed=gap, body=body, allowed=allowed))
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(told, media_type="text/event-stream", headers=headers)
 
 
 @router.post(
     "/v1/jobs/{id}/cancel",
     responses={
         202: {"model": JobBody, "description": "Running: ends at the next step."},
-        **problems(404, 503),
+        **problems(404, 410, 503),
     },
     summary="Cancel a job",
 )
-def cancel_job(gateway: GatewayDependency, id: RecordId, response: Response) -> JobBody:
+def cancel_job(gateway: GatewayDependency, tenant: TenantDependency, id: RecordId, response: Response) -> JobBody:
     """A queued job is canceled at once, a running one at its next step; a finished one stays as it is."""
-    return _body(gateway, cancel(gateway.ledger, id, response))
+    return _body(gateway, cancel(gateway.ledger, id, tenant, response))
 
 
-@router.get(
-    "/v1/jobs/{id}/images/{index}",
-    response_class=Response,
-    responses={
-        200: {
-            "description": "The picture.",
-            "content": {
-                kind: {"schema": {"type": "string", "format": "binary"}}
-                for kind in ("image/png", "image/jpeg", "image/webp")
-            },
-        },
-        304: {"description": "Unchanged: If-None-Match names its digest."},
-        **problems(404, 410, 500, 503),
-    },
-    summary="A finished picture",
+@router.delete(
+    "/v1/jobs/{id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    responses=problems(404, 409, 410, 503),
+    summary="Delete a job that has ended, and its pictures",
 )
-def get_image(gateway: GatewayDependency, id: RecordId, index: ImageIndex, request: Request) -> Response:
-    """The picture's bytes, checked against the digest in the job's record; that digest is the ETag."""
-    record = found(gateway.ledger.get(id))
-    images = record.result.images if record.result else ()
-    if index >= len(images):
-        raise Problem("not_found")
-    image = images[index]
-    headers = {"ETag": f'"{image.sha256}"', "Cache-Control": "private, max-age=31536000, immutable"}
-    if _names(request.headers.get("if-none-match", ""), headers["ETag"]):
-        return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=headers)
-    return Response(gateway.store.read_picture(image.name, image.sha256), media_type=image.media_type, headers=headers)
+def delete_job(gateway: GatewayDependency, tenant: TenantDependency, id: RecordId) -> None:
+    """From then on it answers 410. Uploaded references are deleted by themselves, others after their time."""
+    record = found(gateway.ledger, id, tenant)
+    if not gateway.ledger.delete(id):
+        raise Problem("job_not_finished")
+    for image in record.result.images if record.result else ():
+        gateway.store.discard(image.name)
 
 
 @router.get("/v1/models", responses=problems(503), summary="The model's limits and defaults, and who serves it")
@@ -101,23 +196,39 @@ def list_models(gateway: GatewayDependency) -> ModelList:
     return ModelList(models=[model_body(gateway.spec)], workers=queues.workers(gateway.redis, CUSTOMIZE))
 
 
-@router.get("/livez", responses=problems(), summary="The process answers")
+@open_router.get("/livez", responses=problems(), summary="The process answers")
 async def livez() -> Liveness:
     return Liveness()
 
 
-@router.get("/readyz", responses=problems(503), summary="Jobs can be accepted")
+@open_router.get("/readyz", responses=problems(503), summary="Jobs can be accepted")
 def readyz(gateway: GatewayDependency) -> Readiness:
+    """Redis takes writes, the store has room, and the process is not about to end."""
+    gateway.readiness.require()
     cards = queues.workers(gateway.redis, CUSTOMIZE)
-    gateway.store.check_writable()
     return Readiness(workers_ready=sum(card.get("state") in ("ready", "busy") for card in cards))
 
 
 def _body(gateway: Gateway, record: CustomizeRecord) -> JobBody:
-    return job_body(record, position=queue_position(gateway.ledger, record), ttl_s=gateway.settings.job_ttl_s)
+    queue = place_in_queue(gateway.ledger, record, gateway.gauge)
+    return job_body(record, queue=queue, ttl_s=gateway.settings.job_ttl_s)
 
 
-def _names(if_none_match: str, etag: str) -> bool:
-    """RFC 9110 §13.1.2, weak comparison."""
-    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
-    return "*" in tags or etag in tags
+def _poll_after_s(body: JobBody) -> int:
+    eta_s = body.queue.eta_s if body.queue else None
+    return max(POLL_AFTER_S, min(MAX_POLL_AFTER_S, ceil(eta_s or 0)))
+
+
+async def _awaited(
+    gateway: Gateway, record: CustomizeRecord, seconds: float, enough: Callable[[CustomizeRecord], bool]
+) -> CustomizeRecord:
+    """The record once it is enough, or as it is when the time is up."""
+    if not seconds or enough(record):
+        return record
+    deadline = time.monotonic() + seconds
+    job = record.job
+    with gateway.watcher.watch(job.id) as watch:
+        while not enough(record) and (left := deadline - time.monotonic()) > 0 and not gateway.watcher.leaving:
+            if await watch.next(left):
+                record = await to_thread.run_sync(found, gateway.ledger, job.id, job.tenant)
+    return record

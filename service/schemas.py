@@ -14,6 +14,7 @@ from model.roles import Role
 from workers.jobs import JobStatus, Outcome, Priority
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+WebhookEvent = Literal["status", "terminal"]
 
 # A plain string here: an unknown role gets its own code in `admission`, which knows the model's roles.
 RoleName = Annotated[str, WithJsonSchema({"type": "string", "enum": [role.value for role in Role]})]
@@ -28,13 +29,16 @@ class InputBody(BaseModel):
 class ReferenceBody(InputBody):
     """One picture the result shall take something from."""
 
-    image: str = Field(description="Data URL of a PNG, JPEG or WebP.", examples=["data:image/png;base64,iVBORw0KGgo="])
+    image: str = Field(
+        description="Data URL of a PNG, JPEG or WebP, the id of an uploaded reference, or an https URL.",
+        examples=["data:image/png;base64,iVBORw0KGgo=", "ref_0123456789abcdef0123456789abcdef"],
+    )
     role: RoleName = Field(description="What to take from the picture.")
     resolution: int | None = Field(
         None, description="Side of the square whose area the picture has inside the model; more keeps more detail."
     )
     mask: str | None = Field(
-        None, description="Data URL of a picture of the same size: what to keep (alpha, or else brightness)."
+        None, description="As `image`, of the same size: what to keep (alpha, or else brightness)."
     )
     on_no_face: Literal["fail", "subject"] = Field(
         "fail", description="Identity without a face: fail the job, or treat the picture as a subject."
@@ -45,6 +49,23 @@ class OutputFormatBody(InputBody):
     """How the pictures are written."""
 
     format: OutputFormat = "png"
+
+
+class WebhookBody(InputBody):
+    """Where to tell of a job, and of what."""
+
+    url: str = Field(description="https, to a public address.", examples=["https://example.com/hook"])
+    events: list[WebhookEvent] = Field(
+        default_factory=lambda: ["terminal"], description="`terminal`: its end; `status`: each change."
+    )
+
+
+class AdapterBody(InputBody):
+    """A published adapter, and how much of it."""
+
+    name: str = Field(description="One of `/v1/adapters`.", examples=["house-style"])
+    scale: float = Field(1.0, description="0: the model as it is served, 1: the adapter itself; from -2 to 2.")
+    version: str | None = Field(None, description="Default: the newest, which the job's `request` then shows.")
 
 
 class CustomizeRequest(InputBody):
@@ -72,6 +93,9 @@ class CustomizeRequest(InputBody):
     priority: Priority = Field(
         "interactive", description="`batch` leaves most of the device to interactive jobs while there are any."
     )
+    adapter: AdapterBody | None = Field(None, description="Draw with an adapter.")
+    previews: int = Field(0, description="A small picture of how far it is, every so many steps; 0: none.")
+    webhook: WebhookBody | None = Field(None, description="Told of the job, signed as Standard Webhooks has it.")
     metadata: dict[str, str] = Field(
         default_factory=dict[str, str], description="Returned with the job; at most 16 entries, 2048 bytes."
     )
@@ -92,10 +116,24 @@ class ReferenceView(OutputBody):
 
     slot: int
     role: Role
-    sha256: str
+    sha256: str | None = Field(description="Null while it is fetched from `url`.")
+    url: str | None
     mask_sha256: str | None
     resolution: int | None
     on_no_face: Literal["fail", "subject"]
+
+
+class AdapterUseView(OutputBody):
+    """The adapter a job is drawn with, its version pinned."""
+
+    name: str
+    version: str
+    scale: float
+
+
+class WebhookView(OutputBody):
+    url: str
+    events: list[WebhookEvent]
 
 
 class EffectiveRequest(OutputBody):
@@ -118,6 +156,9 @@ class EffectiveRequest(OutputBody):
     num_images: int
     output: OutputView
     priority: Priority
+    adapter: AdapterUseView | None
+    previews: int
+    webhook: WebhookView | None
 
 
 class ProgressView(OutputBody):
@@ -128,6 +169,7 @@ class ProgressView(OutputBody):
 
 class QueueView(OutputBody):
     position: int = Field(description="Jobs ahead of this one.")
+    eta_s: float | None = Field(description="Seconds until it may start, by how fast jobs end now; null: unknown.")
 
 
 class ImageView(OutputBody):
@@ -145,9 +187,13 @@ class JobErrorView(OutputBody):
     retryable: bool
 
 
-class JobUrls(OutputBody):
+class RecordUrls(OutputBody):
     self: str
     cancel: str
+
+
+class JobUrls(RecordUrls):
+    events: str = Field(description="As they happen: server-sent events.")
 
 
 class JobBody(OutputBody):
@@ -162,13 +208,14 @@ class JobBody(OutputBody):
     created_at: str
     started_at: str | None
     finished_at: str | None
+    start_by: str | None = Field(description="It expires if no step is made by then.")
     expires_at: str | None = Field(description="When the record is dropped; known once the job is terminal.")
     request: EffectiveRequest
     images: list[ImageView]
     error: JobErrorView | None
     timings: dict[str, float] = Field(description="Seconds by phase: queued_s, preprocess_s, encode_s, ...")
     cache: dict[str, Outcome] = Field(
-        description="What the worker had kept from earlier jobs: prompt, negative, reference_<slot>; once succeeded."
+        description="What the worker had kept before: prompt, negative, reference_<slot>, adapter; once succeeded."
     )
     urls: JobUrls
     metadata: dict[str, str]
@@ -179,6 +226,19 @@ class JobList(OutputBody):
 
     jobs: list[JobBody]
     next_cursor: str | None
+
+
+class UploadedReferenceBody(OutputBody):
+    """An uploaded picture. Width and height are pixels, upright. Times are ISO 8601 in UTC."""
+
+    id: str = Field(description="To be named as a reference's `image` or `mask`.")
+    sha256: str
+    media_type: str
+    width: int
+    height: int
+    bytes: int
+    created_at: str
+    expires_at: str = Field(description="Later after each use.")
 
 
 class FaultView(OutputBody):

@@ -1,24 +1,32 @@
-"""Everything on one machine: a private Redis, the gateway and its workers as one process tree."""
+"""Everything on one machine: a private Redis, the gateway, its workers and the courier as one process tree."""
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Self
 
 import httpx2
 import uvicorn
 from fastapi import FastAPI
 
+from service.auth import OPEN_TO_OTHERS, Auth, refuses_to_open
+from service.connections import Deadlines, allow_open_files, connections
+from service.gateway import Gateway
 from service.process_tree import ProcessTree, Program, TreeFailedError
+from service.settings import GatewaySettings
+from workers import queues
 from workers.redis_process import start_redis
+from workers.tenants import TenantBook
 
 WATCH_EVERY_S = 0.2
 GRACE_S = 10.0
@@ -28,7 +36,10 @@ MAX_EARLY_RESTARTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What to serve. Without `redis_url` a private Redis runs in `state_dir`; `port` 0 is any free one."""
+    """What to serve. Without `redis_url` a private Redis runs in `state_dir`; `port` 0 is any free one.
+
+    `metrics_port`: the gateway's; workers, training workers and the courier get the next ones, in this order.
+    """
 
     host: str
     port: int
@@ -36,6 +47,8 @@ class Serving:
     state_dir: Path
     redis_url: str | None
     training_workers: int = 0
+    auth: Auth = "auto"
+    metrics_port: int | None = None
     worker_command: tuple[str, ...] = (sys.executable, "-m", "workers.inference")
 
 
@@ -47,6 +60,7 @@ def serve(serving: Serving, *, report: Callable[[str], None], ready: Callable[[s
         ready: told the address, once, when every worker has loaded its model.
 
     Raises:
+        OpenToOthersError: others could connect, and there are no keys.
         TreeFailedError: a child cannot run as configured.
         RedisUnavailableError: no private Redis can be started.
         OSError: the address is taken or the state directory cannot be made.
@@ -56,6 +70,7 @@ def serve(serving: Serving, *, report: Callable[[str], None], ready: Callable[[s
         signal.signal(number, lambda *_: stopping.set())
     serving.state_dir.mkdir(parents=True, exist_ok=True)
     with _listen(serving.host, serving.port) as listener, _Store(serving, report) as store:
+        refuse_open(serving.auth, serving.host, store.url)
         readiness = _Readiness(_address(listener), serving.workers, ready)
         tree = ProcessTree(_programs(serving, listener, store.url), report=report)
         try:
@@ -72,10 +87,44 @@ def serve(serving: Serving, *, report: Callable[[str], None], ready: Callable[[s
 
 def run_gateway(application: FastAPI, host: str, port: int, fd: int | None) -> None:
     """Serve HTTP until SIGINT or SIGTERM, on an inherited listening socket if `fd` names one."""
-    config = uvicorn.Config(
+    allow_open_files()
+    sockets = None if fd is None else [socket.socket(fileno=fd)]
+    settings: GatewaySettings = application.state.gateway.settings
+    deadlines = Deadlines(body=settings.body_timeout_s + 10)
+    _Server(http_config(application, host, port, deadlines)).run(sockets=sockets)
+
+
+class _Server(uvicorn.Server):
+    """Asked to end, it lets who waits or listens go, and answers on until others have noticed."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if (gateway := self._gateway()) is not None:
+            gateway.readiness.draining = True
+            gateway.watcher.leave_soon()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        gateway = self._gateway()
+        until = time.monotonic() + (gateway.settings.drain_s if gateway else 0.0)
+        while time.monotonic() < until and not self.force_exit:
+            await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
+
+    def _gateway(self) -> Gateway | None:
+        application = self.config.app
+        return application.state.gateway if isinstance(application, FastAPI) else None
+
+
+def http_config(
+    application: FastAPI, host: str = "127.0.0.1", port: int = 0, deadlines: Deadlines | None = None
+) -> uvicorn.Config:
+    """How the gateway speaks HTTP."""
+    return uvicorn.Config(
         application,
         host=host,
         port=port,
+        http=connections(deadlines or Deadlines(), application.state.gateway.metrics.rejected),
+        ws="none",
         log_config=None,  # the process' own format
         log_level="warning",
         access_log=False,
@@ -83,16 +132,22 @@ def run_gateway(application: FastAPI, host: str, port: int, fd: int | None) -> N
         proxy_headers=False,
         timeout_graceful_shutdown=5,
     )
-    sockets = None if fd is None else [socket.socket(fileno=fd)]
-    uvicorn.Server(config).run(sockets=sockets)
 
 
-def exposed(host: str) -> bool:
-    """Whether an address can be reached from other machines; a name other than localhost counts as if it can."""
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host != "localhost"
+class OpenToOthersError(Exception):
+    """Others could connect, and there are no keys; the message says what to do."""
+
+
+def refuse_open(auth: Auth, host: str, redis_url: str) -> None:
+    """Make sure that nobody serves strangers unawares.
+
+    Raises:
+        OpenToOthersError: see there.
+        redis.exceptions.RedisError: Redis is away.
+    """
+    with queues.connect(redis_url) as client:
+        if refuses_to_open(auth, host, TenantBook(client)):
+            raise OpenToOthersError(f"not serving on {host}: {OPEN_TO_OTHERS}")
 
 
 class _Store:
@@ -147,7 +202,7 @@ def _programs(serving: Serving, listener: socket.socket, redis_url: str) -> list
     }
     gateway = Program(
         "gateway",
-        (sys.executable, "-m", "service.cli", "gateway", "--fd", str(listener.fileno())),
+        (sys.executable, "-m", "service.cli", "gateway", "--host", serving.host, "--fd", str(listener.fileno())),
         environment,
         pass_fds=(listener.fileno(),),
     )
@@ -164,7 +219,15 @@ def _programs(serving: Serving, listener: socket.socket, redis_url: str) -> list
         Program(f"training worker {number}", (sys.executable, "-m", "workers.training.worker"), environment | threads)
         for number in range(1, serving.training_workers + 1)
     ]
-    return [gateway, *workers, *trainers]
+    courier = Program("courier", (sys.executable, "-m", "workers.courier"), environment)
+    programs = [gateway, *workers, *trainers, courier]
+    if not serving.metrics_port:
+        return programs
+    ports = [{"DREAMSERVE_METRICS_PORT": str(serving.metrics_port + number)} for number in range(len(programs))]
+    return [
+        replace(program, environment={**program.environment, **port})
+        for program, port in zip(programs, ports, strict=True)
+    ]
 
 
 def _listen(host: str, port: int) -> socket.socket:

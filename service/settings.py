@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from service.limits import StepCost
 from workers.settings import QueueSettings
 
 
@@ -13,17 +14,34 @@ class GatewaySettings(QueueSettings):
     """Built once per process and passed down.
 
     Attributes:
+        auth: who may call; see `auth`.
         port: 0 lets the system choose.
         max_body_bytes: of one request; nine references of the largest size do not fit, and need not.
         body_timeout_s: time for a body to arrive.
         admissions: requests whose pictures are decoded at the same time; each may take a few hundred MiB.
+        share_s: estimated GPU-seconds that a tenant without a share of its own may have waiting and running; the
+            operator's own tenant, `default`, has no such limit.
+        bound_s: what all may have together.
+        step_token_s, step_square_s: seconds of a denoise step per token and per token²; see `limits`.
         redis_timeout_s: for each answer of Redis; then 503.
+        store_reserve_mib: free space below which /readyz calls the artifact store full.
+        drain_s: after SIGTERM, how long it goes on answering while /readyz says no: as long as whoever sends requests
+            here takes to notice.
+        metrics_tenants: whether metrics name tenants.
     """
 
+    auth: Literal["auto", "keys", "off"] = "auto"
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_body_bytes: int = Field(default=64 * 2**20, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
     admissions: int = Field(default=2, gt=0)
+    share_s: float = Field(default=3600.0, gt=0)
+    bound_s: float = Field(default=14_400.0, gt=0)
+    step_token_s: float = Field(default=StepCost.token, ge=0)
+    step_square_s: float = Field(default=StepCost.square, ge=0)
     redis_timeout_s: float = Field(default=2.0, gt=0)
+    store_reserve_mib: int = Field(default=256, ge=0)
+    drain_s: float = Field(default=0.0, ge=0)
+    metrics_tenants: bool = False

@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Query, Request, Response, status
+from fastapi import APIRouter, Depends, Query, Request, Response, status
 
+from service.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
+from service.headers import SubmitHeadersDependency
 from service.intake import parse_json, read_body
 from service.openapi import TRAINING_BODY, problems
-from service.records import PageDependency, RecordId, accepted, cancel, found, point_to, queue_position
+from service.records import PageDependency, RecordId, cancel, found, place_in_queue
+from service.submissions import Submitted, Terms, accepted, point_to, replayed
 from service.training_schemas import AdapterList, RecipeList, TrainingBody, TrainingList
 from service.trainings import adapter_view, training_body, validate_training
 from workers import queues
-from workers.jobs import TRAINING, TrainingRecord
+from workers.jobs import TRAINING, TrainingJob, TrainingProgress, TrainingRecord, TrainingResult
 from workers.registry import NAME
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(tenant_of)], responses=problems(401))
 
 MAX_BODY_BYTES = 256 * 1024
 POLL_AFTER_S = 5
@@ -26,41 +29,54 @@ POLL_AFTER_S = 5
 @router.post(
     "/v1/trainings",
     status_code=status.HTTP_202_ACCEPTED,
-    responses={202: accepted("training"), **problems(400, 408, 413, 415, 422, 503)},
+    responses={202: accepted("training"), **problems(400, 408, 410, 413, 415, 422, 503)},
     openapi_extra={"requestBody": TRAINING_BODY},
     summary="Train an adapter by a recipe",
 )
-async def submit_training(request: Request, response: Response, gateway: GatewayDependency) -> TrainingBody:
+async def submit_training(
+    request: Request,
+    response: Response,
+    gateway: GatewayDependency,
+    tenant: TenantDependency,
+    headers: SubmitHeadersDependency,
+) -> TrainingBody:
     """Accept a training. Its result is a version of an adapter, listed at `/v1/adapters`."""
     raw = await read_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=gateway.settings.body_timeout_s)
-    body = await to_thread.run_sync(_admit, gateway, raw)
-    point_to(response, body.urls, POLL_AFTER_S)
+    terms = Terms(tenant, once=headers.once(tenant, raw))
+    submitted = await to_thread.run_sync(_admit, gateway, terms, raw)
+    body = await to_thread.run_sync(_body, gateway, submitted.record)
+    point_to(response, body.urls, POLL_AFTER_S, replayed=submitted.replayed)
     return body
 
 
-def _admit(gateway: Gateway, raw: bytes) -> TrainingBody:
-    return _body(gateway, gateway.trainings.train(validate_training(parse_json(raw))))
+def _admit(gateway: Gateway, terms: Terms, raw: bytes) -> Submitted[TrainingJob, TrainingProgress, TrainingResult]:
+    first = replayed(gateway.trainings.ledger, terms)
+    submitted = first or gateway.trainings.train(validate_training(parse_json(raw)), terms)
+    gateway.metrics.submitted(TRAINING.queue, replayed=submitted.replayed)
+    return submitted
 
 
 @router.get("/v1/trainings", responses=problems(422, 503), summary="List trainings, newest first")
-def list_trainings(gateway: GatewayDependency, page: PageDependency) -> TrainingList:
-    records, following = page.read(gateway.trainings.ledger)
+def list_trainings(gateway: GatewayDependency, tenant: TenantDependency, page: PageDependency) -> TrainingList:
+    records, following = page.read(gateway.trainings.ledger, tenant)
     return TrainingList(trainings=[_body(gateway, record) for record in records], next_cursor=following)
 
 
-@router.get("/v1/trainings/{id}", responses=problems(404, 503), summary="A training's state, progress and result")
-def get_training(gateway: GatewayDependency, id: RecordId) -> TrainingBody:
-    return _body(gateway, found(gateway.trainings.ledger.get(id)))
+@router.get("/v1/trainings/{id}", responses=problems(404, 410, 503), summary="A training's state, progress and result")
+def get_training(gateway: GatewayDependency, tenant: TenantDependency, id: RecordId) -> TrainingBody:
+    return _body(gateway, found(gateway.trainings.ledger, id, tenant))
 
 
 @router.post(
     "/v1/trainings/{id}/cancel",
-    responses={202: {"model": TrainingBody, "description": "Running: ends after its step."}, **problems(404, 503)},
+    responses={202: {"model": TrainingBody, "description": "Running: ends after its step."}, **problems(404, 410, 503)},
     summary="Cancel a training",
 )
-def cancel_training(gateway: GatewayDependency, id: RecordId, response: Response) -> TrainingBody:
+def cancel_training(
+    gateway: GatewayDependency, tenant: TenantDependency, id: RecordId, response: Response
+) -> TrainingBody:
     """A queued training is canceled at once, a running one after its step; a finished one stays as it is."""
-    return _body(gateway, cancel(gateway.trainings.ledger, id, response))
+    return _body(gateway, cancel(gateway.trainings.ledger, id, tenant, response))
 
 
 @router.get("/v1/recipes", responses=problems(503), summary="What trainings can be asked for")
@@ -72,14 +88,15 @@ def list_recipes(gateway: GatewayDependency) -> RecipeList:
     )
 
 
-@router.get("/v1/adapters", responses=problems(422, 503), summary="Trained adapters, newest first")
+@router.get("/v1/adapters", responses=problems(422, 503), summary="Trained and registered adapters, newest first")
 def list_adapters(
     gateway: GatewayDependency,
+    tenant: TenantDependency,
     name: Annotated[str | None, Query(pattern=f"^{NAME.pattern}$", description="Only versions of this one.")] = None,
 ) -> AdapterList:
-    return AdapterList(adapters=[adapter_view(adapter) for adapter in gateway.registry.versions(name)])
+    return AdapterList(adapters=[adapter_view(adapter) for adapter in gateway.registry.of(tenant).versions(name)])
 
 
 def _body(gateway: Gateway, record: TrainingRecord) -> TrainingBody:
-    ahead = queue_position(gateway.trainings.ledger, record)
-    return training_body(record, position=ahead, ttl_s=gateway.settings.job_ttl_s)
+    queue = place_in_queue(gateway.trainings.ledger, record, gateway.training_gauge)
+    return training_body(record, queue=queue, ttl_s=gateway.settings.job_ttl_s)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from service.schemas import InputBody, JobErrorView, JobUrls, OutputBody, QueueView
+from service.schemas import InputBody, JobErrorView, OutputBody, QueueView, RecordUrls, WebhookBody
 from workers.jobs import JobStatus
 
 
@@ -22,6 +22,7 @@ class TrainingRequest(InputBody):
         "name.",
         examples=[{"seed": 1, "stages": {"warm-up": {"steps": 100}}}],
     )
+    webhook: WebhookBody | None = Field(None, description="Told of the training, as of a job.")
     metadata: dict[str, str] = Field(
         default_factory=dict[str, str], description="Returned with the training; at most 16 entries, 2048 bytes."
     )
@@ -48,7 +49,10 @@ class AdapterView(OutputBody):
     """A published adapter: one version of a name."""
 
     name: str
-    version: str = Field(description="sha256 of its file in the released DreamO keys.")
+    version: str = Field(description="sha256 of its file.")
+    kind: Literal["dreamo", "lora"] = Field(
+        description="A whole DreamO adapter, with embeddings of its own, or a plain FLUX LoRA."
+    )
     published_at: str
     recipe: str | None
     steps: int | None
@@ -71,7 +75,7 @@ class TrainingBody(OutputBody):
     request: EffectiveTraining
     result: dict[str, Any] | None = Field(description="adapter, version, steps, losses of the last step.")
     error: JobErrorView | None
-    urls: JobUrls
+    urls: RecordUrls
     metadata: dict[str, str]
 
 

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from service.admission import check_metadata
 from service.intake import faults_of
 from service.problems import Fault, Problem
-from service.records import accept, common_fields, time_text
+from service.records import common_fields, time_text
+from service.schemas import QueueView, RecordUrls
+from service.submissions import Submitted, Terms, submit, webhook_of
 from service.training_schemas import (
     AdapterView,
     EffectiveTraining,
@@ -23,9 +25,10 @@ from service.training_schemas import (
     TrainingProgressView,
     TrainingRequest,
 )
-from workers.jobs import TrainingJob, TrainingProgress, TrainingRecord
+from workers.courier.addresses import Rules
+from workers.jobs import TrainingJob, TrainingProgress, TrainingRecord, TrainingResult
 from workers.ledger import TrainingLedger
-from workers.registry import NAME, PublishedAdapter
+from workers.registry import MAIN, NAME, PublishedAdapter
 from workers.settings import QueueSettings
 from workers.training.recipes import OverrideError, Recipe, RecipeError, load_recipe, recipe_names
 
@@ -35,16 +38,17 @@ _MAX_RECIPE_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class TrainingAdmission:
-    """What admitting trainings needs; one per process."""
+    """What admitting trainings needs; one per process. `webhooks`: the rules for theirs; None where none is signed."""
 
     settings: QueueSettings
     ledger: TrainingLedger
+    webhooks: Rules | None
 
-    def train(self, request: TrainingRequest) -> TrainingRecord:
+    def train(self, request: TrainingRequest, terms: Terms) -> Submitted[TrainingJob, TrainingProgress, TrainingResult]:
         """Accept one training and ring for it.
 
         Raises:
-            Problem: 422 with every fault found.
+            Problem: 422 with every fault found; what `submit` raises.
             redis.exceptions.RedisError: Redis is away.
         """
         faults = check_metadata(request.metadata)
@@ -54,6 +58,7 @@ class TrainingAdmission:
             detail = "Lowercase letters, digits, `.`, `_` and `-`, at most 64, ending with a letter or digit."
             faults.append(Fault("/adapter", "invalid_value", detail))
         self._check_dataset(request, recipe, faults)
+        webhook = webhook_of(request.webhook, self.webhooks, faults)
         if faults or recipe is None:
             raise Problem.of_faults(faults)
         job = TrainingJob(
@@ -62,8 +67,10 @@ class TrainingAdmission:
             recipe=recipe.model_dump(mode="json"),
             dataset=request.dataset,
             metadata=request.metadata,
+            tenant=terms.tenant,
+            webhook=webhook,
         )
-        return accept(self.ledger, job)
+        return submit(self.ledger, job, terms)
 
     def offers(self) -> list[RecipeView]:
         """The recipes that can be asked for."""
@@ -130,12 +137,14 @@ def validate_training(value: Any) -> TrainingRequest:
         raise Problem.of_faults(faults_of(error)) from None
 
 
-def training_body(record: TrainingRecord, *, position: int | None, ttl_s: float) -> TrainingBody:
-    """The training's body. `position`: trainings ahead of it; `ttl_s`: life of a terminal record."""
+def training_body(record: TrainingRecord, *, queue: QueueView | None, ttl_s: float) -> TrainingBody:
+    """The training's body. `queue`: its place, if it is queued; `ttl_s`: life of a terminal record."""
     job = record.job
+    url = f"/v1/trainings/{job.id}"
     shown = {key: value for key, value in job.recipe.items() if key not in ("model", "data")}
     return TrainingBody(
-        **common_fields(record, f"/v1/trainings/{job.id}", position=position, ttl_s=ttl_s),
+        **common_fields(record, queue=queue, ttl_s=ttl_s),
+        urls=RecordUrls(self=url, cancel=f"{url}/cancel"),
         progress=_progress(record.progress) if record.progress else None,
         request=EffectiveTraining(adapter=job.adapter, dataset=job.dataset, recipe=shown),
         result=asdict(record.result) if record.result else None,
@@ -149,6 +158,7 @@ def adapter_view(adapter: PublishedAdapter) -> AdapterView:
     return AdapterView(
         name=adapter.name,
         version=adapter.version,
+        kind="dreamo" if adapter.file.name == MAIN else "lora",
         published_at=time_text(adapter.published_at),
         recipe=str(recipe["name"]) if isinstance(recipe, Mapping) and "name" in recipe else None,
         steps=steps if isinstance(steps, int) else None,

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 
 from model.roles import PLACEHOLDERS
 from model.spec import ModelSpec
-from service.records import common_fields
+from service.records import common_fields, time_text
 from service.schemas import (
+    AdapterUseView,
     EffectiveRequest,
     ImageView,
     JobBody,
+    JobUrls,
     ModelBody,
     OutputView,
     ProgressView,
+    QueueView,
     ReferenceView,
+    WebhookView,
 )
 from workers.jobs import CustomizeJob, CustomizeRecord
 
 
-def job_body(record: CustomizeRecord, *, position: int | None, ttl_s: float) -> JobBody:
-    """The job's body. `position`: jobs ahead of it, if it is queued; `ttl_s`: life of a terminal record."""
+def job_body(record: CustomizeRecord, *, queue: QueueView | None, ttl_s: float) -> JobBody:
+    """The job's body. `queue`: its place, if it is queued; `ttl_s`: life of a terminal record."""
     job = record.job
     url = f"/v1/jobs/{job.id}"
     return JobBody(
-        **common_fields(record, url, position=position, ttl_s=ttl_s),
+        **common_fields(record, queue=queue, ttl_s=ttl_s),
+        urls=JobUrls(self=url, cancel=f"{url}/cancel", events=f"{url}/events"),
+        start_by=None if record.start_by is None else time_text(record.start_by),
         progress=ProgressView(**asdict(record.progress)) if record.progress else None,
         request=_effective(job),
         images=_images(record, url),
         timings=_timings(record),
         cache=record.result.cache if record.result else {},
     )
+
+
+def job_etag(record: CustomizeRecord) -> str:
+    """Changes with all that happens to the job, not with its place in line."""
+    said = repr((record.status, record.attempt, record.progress, record.cancel_requested))
+    return f'W/"{hashlib.sha256(said.encode()).hexdigest()[:16]}"'
 
 
 def model_body(spec: ModelSpec) -> ModelBody:
@@ -49,7 +62,8 @@ def _effective(job: CustomizeJob) -> EffectiveRequest:
             ReferenceView(
                 slot=reference.slot,
                 role=reference.role,
-                sha256=reference.image,
+                sha256=reference.image or None,
+                url=reference.url,
                 mask_sha256=reference.mask,
                 resolution=reference.resolution,
                 on_no_face=reference.on_no_face,
@@ -59,6 +73,9 @@ def _effective(job: CustomizeJob) -> EffectiveRequest:
         num_images=job.num_images,
         output=OutputView(format=job.output_format),
         priority=job.priority,
+        adapter=AdapterUseView(**asdict(job.adapter)) if job.adapter else None,
+        previews=job.previews,
+        webhook=WebhookView(url=job.webhook.url, events=list(job.webhook.events)) if job.webhook else None,
         **asdict(job.sampling),
     )
 

@@ -17,9 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state directory of the service at `address`."""
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="session")
+def address(state: Path) -> Generator[str]:
     """`dreamserve serve` with the shipped model, as `make serve` starts it; its URL."""
-    state = tmp_path_factory.mktemp("state")
     command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--state-dir", str(state)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("DREAMSERVE_")}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)

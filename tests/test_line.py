@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, Unpack
 
 import httpx2
 import numpy as np
 import pytest
 from PIL import Image
 
+from service.client import Client, Job, JobFailedError, Reference
+from service.client.calls import CustomizeOptions
 from service.samples import ring, star
-from service.submit import SubmitError, customize, data_url
+from service.submit import follow
 
 TWO = "the star from [ref#1] and the ring from [ref#2]"
 
 
-def entry(data: bytes, role: str = "subject", **more: Any) -> dict[str, Any]:
-    return {"role": role, "image": data_url(data, role), **more}
+def entry(data: bytes, role: str = "subject", **more: Any) -> Reference:
+    return Reference.bytes(data, role, **more)
 
 
-def picture(address: str, references: list[dict[str, Any] | None], prompt: str = "a table", **more: Any) -> bytes:
+def picture(
+    address: str, references: list[Reference | None], prompt: str = "a table", **more: Unpack[CustomizeOptions]
+) -> bytes:
     """The first picture of a job that succeeds."""
-    body = {"prompt": prompt, "references": references, "seed": 7, "num_inference_steps": 2, **more}
-    return customize(address, body, lambda _: None).images[0]
+    options: CustomizeOptions = {"seed": 7, "num_inference_steps": 2, **more}
+    with Client(address) as client:
+        return client.customize(prompt, references, wait=60, **options).wait(60).images[0].read()
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -58,33 +63,37 @@ def test_the_role_matters_by_its_preparation(address: str) -> None:
     subject = picture(address, [entry(star())])
     trigger = "generate a same style image."
     assert picture(address, [entry(star(), "style")]) != picture(address, [entry(star())], trigger + " a table")
-    assert picture(address, [entry(star(), mask=data_url(png(mask), "mask"))]) != subject
+    masked = picture(address, [entry(star()).masked(png(mask))])
+    assert masked != subject
     transparent = png(np.dstack([pixels, mask]))
-    assert picture(address, [entry(transparent)]) == picture(address, [entry(star(), mask=data_url(png(mask), "mask"))])
+    assert picture(address, [entry(transparent)]) == masked
 
 
 def test_image_n_is_the_picture_of_seed_plus_n(address: str) -> None:
     """Each picture of a job can be made again alone."""
-    body = {"prompt": "a table", "references": [entry(star())], "seed": 2**64 - 1, "num_inference_steps": 2}
-    both = customize(address, {**body, "num_images": 2}, lambda _: None)
-    assert [image["seed"] for image in both.job["images"]] == [2**64 - 1, 0]
-    assert customize(address, {**body, "seed": 0}, lambda _: None).images[0] == both.images[1]
+    references: list[Reference | None] = [entry(star())]
+    with Client(address) as client:
+        job = client.customize("a table", references, seed=2**64 - 1, num_inference_steps=2, num_images=2).wait()
+        assert [image.seed for image in job.images] == [2**64 - 1, 0]
+        assert picture(address, references, seed=0) == job.images[1].read()
 
 
 def test_progress_and_timings_are_told(address: str) -> None:
     """A follower sees steps go by, and where the time went."""
     seen: list[tuple[str, int]] = []
 
-    def note(job: dict[str, Any]) -> None:
-        if job["progress"]:
-            seen.append((job["progress"]["phase"], job["progress"]["step"]))
+    def note(job: Job) -> None:
+        if job.progress:
+            seen.append((job.progress.phase, job.progress.step))
 
-    body = {"prompt": "a table", "num_inference_steps": 50, "num_images": 2, "width": 128, "height": 96}
-    finished = customize(address, body, note)
+    with Client(address) as client:
+        submitted = client.customize("a table", num_inference_steps=50, num_images=2, width=128, height=96)
+        job = follow(submitted, note)
+        second = job.images[1].read()
     assert any(phase == "denoise" and 0 < step < 100 for phase, step in seen)
     assert [step for _, step in seen] == sorted(step for _, step in seen)
-    assert {"queued_s", "preprocess_s", "encode_s", "denoise_s", "decode_s"} <= finished.job["timings"].keys()
-    with Image.open(io.BytesIO(finished.images[1])) as image:
+    assert {"queued_s", "preprocess_s", "encode_s", "denoise_s", "decode_s"} <= job.timings.keys()
+    with Image.open(io.BytesIO(second)) as image:
         assert image.size == (128, 96)
 
 
@@ -98,11 +107,9 @@ def test_true_cfg_changes_the_picture(address: str) -> None:
 
 def test_no_face_names_the_reference(address: str) -> None:
     """The job fails with a code and the remedy, unless the caller allows a subject instead."""
-    with pytest.raises(SubmitError, match=r"No face was found in references\[1\]"):
+    with pytest.raises(JobFailedError, match=r"No face was found in references\[1\]") as caught:
         picture(address, [entry(ring()), entry(star(), "identity")])
-    with httpx2.Client(base_url=address, trust_env=False) as client:
-        job = client.get("/v1/jobs", params={"status": "failed", "limit": 1}).json()["jobs"][0]
-    assert (job["error"]["code"], job["error"]["retryable"]) == ("no_face", False)
+    assert (caught.value.code, caught.value.retryable) == ("no_face", False)
     allowed = picture(address, [entry(star(), "identity", on_no_face="subject")])
     assert allowed == picture(address, [entry(star())])
 

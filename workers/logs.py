@@ -1,4 +1,7 @@
-"""Log lines of a worker process: JSON, or key=value on a terminal; nothing that a user sent. No torch."""
+"""Log lines of every process: JSON, or key=value on a terminal; nothing that a user sent. No torch.
+
+Both escape line ends. What `structlog.contextvars` binds (`request_id`, `job_id`) is in each line of its context.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from structlog.typing import EventDict, WrappedLogger
 def configure_logging(level: str) -> None:
     """Send structlog's and the libraries' records to stderr, in one format."""
     shared = [
+        structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -151,6 +151,7 @@ def _options(home: Path, socket: Path) -> list[str]:
         "appendonly": "yes",
         "appendfsync": "always",
         "maxmemory-policy": "noeviction",
+        "stream-node-max-bytes": "1024",  # a job's events begin with a node of this size
     }
     return [word for name, value in pairs.items() for word in (f"--{name}", value)]
 

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 SHIPPED_MODEL = str(files("model") / "tiny")
 """The small model that comes with the package."""
+
+
+def _split(value: object) -> object:
+    """A list as it is written in the environment: separated by commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+_Listed = (NoDecode, BeforeValidator(_split))
 
 
 class QueueSettings(BaseSettings):
@@ -28,9 +36,17 @@ class QueueSettings(BaseSettings):
         turbo: whether the Turbo adapter is in the stack.
         job_ttl_s: how long a record stays after its job has ended.
         lease_s: a worker that is silent for so long has lost its job.
+        tenant_window: jobs of a tenant that may be delivered or running at a time; its others wait in its line.
+        reference_ttl_s: how long an uploaded reference stays after its last use.
         recipes_dir: training recipes beside the shipped ones.
         datasets_dir: each directory in it is a dataset that a training can name; None: `datasets` in `state_dir`.
         adapters_dir: where trained adapters are published; None: `adapters` in `state_dir`.
+        egress_ports: that a caller's URLs may name, separated by commas.
+        egress_networks: addresses beside the public ones that they may lead to, such as `10.1.0.0/16`.
+        webhook_secrets: `whsec_…`, newest first; each signs, so that one can be replaced without a gap.
+        metrics_port: where this process answers /metrics, /livez and /readyz; None: nowhere. `dreamserve serve` gives
+            its gateway this one and its other processes the next ones.
+        metrics_host: the address that port is on; nothing asks for keys there.
     """
 
     model_config = SettingsConfigDict(env_prefix="DREAMSERVE_", env_ignore_empty=True, extra="ignore", frozen=True)
@@ -42,14 +58,26 @@ class QueueSettings(BaseSettings):
     turbo: bool = True
     job_ttl_s: int = Field(default=86_400, ge=1)
     lease_s: float = Field(default=10.0, gt=0)
+    tenant_window: int = Field(default=64, ge=1)
+    reference_ttl_s: int = Field(default=86_400, ge=1)
     recipes_dir: Path | None = None
     datasets_dir: Path | None = None
     adapters_dir: Path | None = None
+    egress_ports: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], *_Listed] = (443,)
+    egress_networks: Annotated[tuple[IPvAnyNetwork, ...], *_Listed] = ()
+    webhook_secrets: Annotated[tuple[SecretStr, ...], *_Listed] = ()
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    metrics_host: str = "127.0.0.1"
 
     @property
     def artifact_root(self) -> Path:
         """Where references and finished pictures lie."""
         return self.state_dir / "artifacts"
+
+    @property
+    def artifact_ttl_s(self) -> int:
+        """How long after its last use a stored file may still be wanted: by who may name it, and then by his job."""
+        return max(self.reference_ttl_s, self.job_ttl_s) + self.job_ttl_s
 
     @property
     def dataset_root(self) -> Path:
@@ -80,6 +108,8 @@ class WorkerSettings(QueueSettings):
         interactive_share: of the device, for interactive jobs while batch jobs wait too.
         grace_s: time to end what has begun when asked to leave; what is left is handed back.
         cache_mib: that prompts, prepared references and reference latents may each take; see `caches.Caches`.
+        adapter_mib: that adapters may take on the device, those of running jobs aside: a whole DreamO adapter of rank
+            128 on FLUX.1-dev 0.9 GiB in bfloat16, half of that a plain LoRA. 0: each job loads its own.
     """
 
     dreamo: Path | None = None
@@ -99,6 +129,7 @@ class WorkerSettings(QueueSettings):
     interactive_share: float = Field(default=0.8, gt=0, lt=1)
     grace_s: float = Field(default=60.0, ge=0)
     cache_mib: int = Field(default=256, ge=0)
+    adapter_mib: int = Field(default=2048, ge=0)
 
     @property
     def graph_root(self) -> Path:
@@ -124,6 +155,21 @@ class TrainingSettings(QueueSettings):
     def run_root(self) -> Path:
         """Where running trainings keep their checkpoints."""
         return self.state_dir / "trainings"
+
+
+class CourierSettings(QueueSettings):
+    """What the courier needs besides.
+
+    Attributes:
+        egress_authorities: a PEM file of certificate authorities to trust beside the system's.
+        fetches_in_hand: jobs whose references are fetched at a time.
+        webhooks_in_hand: messages on their way at a time.
+    """
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    egress_authorities: Path | None = None
+    fetches_in_hand: int = Field(default=64, ge=1)
+    webhooks_in_hand: int = Field(default=256, ge=1)
 
 
 def describe_bad_settings(error: ValidationError) -> str:

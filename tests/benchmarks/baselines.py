@@ -20,7 +20,17 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.modulation import gate_residual, modulate
-from model.blocks import Last, Projections, Responses, Site, _after_attention, _attending, _norms, _qkv, to_stream_order
+from model.blocks import (
+    Last,
+    Projections,
+    Responses,
+    Site,
+    after_attention,
+    norms_of,
+    project,
+    queries_and_keys,
+    to_stream_order,
+)
 from model.packing import Condition, lay_out
 from model.sampling import Denoising, Sampler
 from model.transformer import EmbeddingTables, Network
@@ -190,14 +200,14 @@ def _padded_double(
     normed_text = modulate(text, text_mod[0], text_mod[1], site.text_rows)
     normed_image = modulate(image, image_mod[0], image_mod[1], site.image_rows)
     own = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.to_q, attn.to_k, attn.to_v)
-    text_qkv = _qkv(attn, own[0], fused[0] if fused else None, normed_text)
-    image_qkv = _qkv(attn, own[1], fused[1] if fused else None, normed_image)
-    norms = _norms(attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k)
-    query, key, value, _seen = _attending(text_qkv, image_qkv, norms, site, None)
+    text_qkv = project(attn, own[0], fused[0] if fused else None, normed_text)
+    image_qkv = project(attn, own[1], fused[1] if fused else None, normed_image)
+    norms = norms_of(attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k)
+    query, key, value, _seen = queries_and_keys(text_qkv, image_qkv, norms, site, None)
     attended = to_stream_order(attend(query, key, value), site)
     attended_text, attended_image = attended.split([text.shape[0], image.shape[0]])
-    image = _after_attention(image, attn.to_out[0](attended_image), block.ff, image_mod, site.image_rows)
-    text = _after_attention(text, attn.to_add_out(attended_text), block.ff_context, text_mod, site.text_rows)
+    image = after_attention(image, attn.to_out[0](attended_image), block.ff, image_mod, site.image_rows)
+    text = after_attention(text, attn.to_add_out(attended_text), block.ff_context, text_mod, site.text_rows)
     return text, image, ()
 
 
@@ -215,9 +225,9 @@ def _padded_single(
     shift, scale, gate = vectors.chunk(3, dim=1)
     attn, rows = block.attn, site.joint_rows
     normed = modulate(joint, shift, scale, rows)
-    qkv = _qkv(attn, (attn.to_q, attn.to_k, attn.to_v), fused[0] if fused else None, normed)
-    norms = _norms(attn.norm_q, attn.norm_k, attn.norm_q, attn.norm_k)
-    attended = attend(*_attending(None, qkv, norms, site, None)[:3])
+    qkv = project(attn, (attn.to_q, attn.to_k, attn.to_v), fused[0] if fused else None, normed)
+    norms = norms_of(attn.norm_q, attn.norm_k, attn.norm_q, attn.norm_k)
+    attended = attend(*queries_and_keys(None, qkv, norms, site, None)[:3])
     if last is not None:
         rows = last.rows
         attended, joint, normed = (tokens.index_select(0, last.tokens) for tokens in (attended, joint, normed))

@@ -128,7 +128,7 @@ def bench(directory: Path, device: str) -> Generator[Line]:
     side = int(pipeline.spec.reference_resolution.default)
     drawn = [pictures.encode(noise.integers(0, 256, (side, side, 3), np.uint8), "png") for _ in range(2)]
     references = tuple(
-        ReferenceInput(slot, Role.STYLE, store.put(data)) for slot, data in enumerate(drawn, start=1)
+        ReferenceInput(slot, Role.STYLE, store.put("default", data)) for slot, data in enumerate(drawn, start=1)
     )
     ledger = Ledger(queues.connect(process.url), CUSTOMIZE)
     runner = JobRunner(pipeline, ledger, store, settings, "bench")

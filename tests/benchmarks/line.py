@@ -8,34 +8,34 @@ import sys
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import psutil
 
+from service.client import Client, Job, Reference
 from service.samples import ring, star
-from service.submit import customize, data_url
 from tests.benchmarks.measure import Figure, figure
 
 JOBS = 50
+PROMPT = "the star from [ref#1] and the ring from [ref#2]"
 MODEL = ("preprocess_s", "encode_s", "denoise_s", "decode_s")
 
 
 def run(device: str, rounds: int) -> list[Figure]:
     """Rows for `JOBS` jobs in a row; the first ten are left out as warm-up."""
-    with _service(device) as url, httpx2.Client(base_url=url, trust_env=False) as client:
-        jobs: list[dict[str, Any]] = []
+    with _service(device) as url, httpx2.Client(base_url=url, trust_env=False) as http, Client(url) as client:
+        jobs: list[Job] = []
         memory: list[float] = []
+        references = [Reference.bytes(data, role="subject") for data in (star(), ring())]
         for number in range(JOBS):
-            jobs.append(customize(url, _body(number), lambda _: None).job)
-            (worker,) = client.get("/v1/models").json()["workers"]
+            jobs.append(client.customize(PROMPT, references, seed=number, wait=60).wait())
+            (worker,) = http.get("/v1/models").json()["workers"]
             memory.append(psutil.Process(worker["pid"]).memory_info().rss / 2**20)
-        loads = client.get("/v1/models").json()["workers"]
+        loads = http.get("/v1/models").json()["workers"]
     settled = jobs[10:]
-    beside = [1e3 * (_seconds(job) - sum(job["timings"][phase] for phase in MODEL)) for job in settled]
-    inside = [1e3 * sum(job["timings"][phase] for phase in MODEL) for job in settled]
+    beside = [1e3 * (_seconds(job) - sum(job.timings[phase] for phase in MODEL)) for job in settled]
+    inside = [1e3 * sum(job.timings[phase] for phase in MODEL) for job in settled]
     return [
         figure("outside the model, accepted to finished", "ms", beside, jobs=JOBS),
         figure("inside the model", "ms", inside, jobs=JOBS),
@@ -44,13 +44,9 @@ def run(device: str, rounds: int) -> list[Figure]:
     ]
 
 
-def _body(number: int) -> dict[str, Any]:
-    references = [{"role": "subject", "image": data_url(data, "sample")} for data in (star(), ring())]
-    return {"prompt": "the star from [ref#1] and the ring from [ref#2]", "references": references, "seed": number}
-
-
-def _seconds(job: dict[str, Any]) -> float:
-    return (datetime.fromisoformat(job["finished_at"]) - datetime.fromisoformat(job["created_at"])).total_seconds()
+def _seconds(job: Job) -> float:
+    assert job.finished_at is not None
+    return (job.finished_at - job.created_at).total_seconds()
 
 
 @contextmanager

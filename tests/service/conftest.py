@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,16 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.settings import GatewaySettings
+from tests.service.awaited import Connect, connecting
+from tests.service.fake_worker import work
+from tests.service.gates import Gate, serve
 from workers.artifacts import ArtifactStore
-from workers.jobs import CUSTOMIZE, TRAINING, ImageArtifact, JobResult
+from workers.jobs import CUSTOMIZE, TRAINING, ImageArtifact, JobResult, Progress
 from workers.ledger import CustomizeLedger, Ledger, TrainingLedger
 from workers.redis_process import RedisProcess, start_redis
+
+Open = Callable[..., Gate]
+"""Opens a gateway on a socket, with the bench's Redis and store and with changed settings."""
 
 TRIGGER = "generate a same style image."
 SPEC = {
@@ -70,9 +78,10 @@ class Bench:
         return answer.json()
 
     def finish(self, job_id: str, data: bytes, seed: int = 7) -> JobResult:
-        """Do what a worker does: claim, publish, commit."""
+        """Do what a worker does: claim, show a preview, publish, commit."""
         token = self.ledger.claim(job_id, "test-worker")
         assert token is not None
+        self.ledger.beat(job_id, token, Progress("denoise", 1, 4), preview=data)
         name = f"{job_id}.{token}.0.png"
         digest = self.store.publish(name, data)
         image = ImageArtifact(name, digest, "image/png", 12, 10, len(data), seed)
@@ -118,4 +127,39 @@ def bench(redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iterat
             app.state.gateway.store,
             tmp_path,
         )
+    client.flushdb()  # a key left behind would close the next gateway
     client.close()
+
+
+@pytest.fixture
+def open_gate(bench: Bench, redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iterator[Open]:
+    with ExitStack() as stack:
+
+        def make(**changes: Any) -> Gate:
+            app = create_app(settings(redis_server.url, tmp_path, model_dir, **changes))
+            return stack.enter_context(contextmanager(serve)(app))
+
+        yield make
+
+
+@pytest.fixture(params=["blocking", "asynchronous"])
+def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    """The same test for both clients."""
+    with connecting(request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def worker(bench: Bench) -> Iterator[None]:
+    """Does what waits until the test is over; a prompt with the word `fail` fails."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(0.01):
+            work(bench.ledger, bench.store)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    over.set()
+    thread.join()

@@ -23,9 +23,14 @@ def main() -> None:
     ledger, store = Ledger(client, CUSTOMIZE), ArtifactStore(settings.artifact_root)
     while True:
         queues.announce(client, CUSTOMIZE, f"fake-{os.getpid()}", {"state": "ready", "pid": os.getpid()}, 10.0)
-        for job_id in ledger.waiting(0.0):
-            _run(ledger, store, job_id)
+        work(ledger, store)
         time.sleep(0.02)
+
+
+def work(ledger: CustomizeLedger, store: ArtifactStore) -> None:
+    """Do all that waits now."""
+    for job_id in ledger.waiting(0.0):
+        _run(ledger, store, job_id)
 
 
 def _run(ledger: CustomizeLedger, store: ArtifactStore, job_id: str) -> None:

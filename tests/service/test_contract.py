@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ from fastapi.openapi.models import OpenAPI
 
 from service.problems import TABLE
 from service.schemas import CustomizeRequest, ReferenceBody
+from tests.conftest import ROOT
 from tests.service.conftest import Bench
 
 HEAVY = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "cv2")
@@ -18,7 +20,7 @@ HEAVY = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "
 def test_service_imports_no_model_library() -> None:
     """The gateway must start in a second and fit in a small image: none of its modules may pull in torch."""
     program = (
-        "import sys, service.app, service.cli, service.serving, service.submit, service.demo\n"
+        "import sys, service.app, service.cli, service.serving, service.submit, service.demo, service.client\n"
         f"print(sorted(set({HEAVY!r}) & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -58,7 +60,7 @@ def test_openapi_declares_bodies_that_are_read_by_hand(bench: Bench) -> None:
 
 
 def test_openapi_declares_every_problem(bench: Bench) -> None:
-    """Each operation declares its problems as problem+json, and each code of the table appears somewhere."""
+    """Each operation declares its problems as problem+json; what no operation can say, the connection says."""
     document = bench.client.get("/openapi.json").json()
     said = ""
     for path in document["paths"].values():
@@ -67,4 +69,10 @@ def test_openapi_declares_every_problem(bench: Bench) -> None:
                 if status.startswith(("4", "5", "d")):
                     assert list(answer["content"]) == ["application/problem+json"]
                     said += answer["description"] + ", "
-    assert {code for code in TABLE if f"{code}," not in said} == {"method_not_allowed"}
+    assert {code for code in TABLE if f"{code}," not in said} == {"method_not_allowed", "head_too_large"}
+
+
+def test_the_document_in_the_repository_is_this_one(bench: Bench) -> None:
+    """Who reads docs/openapi.json on the web sees what the service does; a change of the contract is seen in a diff."""
+    written = json.loads((ROOT / "docs" / "openapi.json").read_text())
+    assert written == bench.client.get("/openapi.json").json(), "the contract has changed: run `make openapi`"

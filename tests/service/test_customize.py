@@ -22,18 +22,19 @@ def test_accepted_job_is_recorded_rung_for_and_stored(bench: Bench) -> None:
     assert answer.headers["location"] == body["urls"]["self"] == f"/v1/jobs/{body['id']}"
     assert int(answer.headers["retry-after"]) >= 1
     assert body["status"] == "queued"
-    assert body["queue"] == {"position": 0}
+    assert body["queue"] == {"position": 0, "eta_s": None}
     assert Queue("customize", connection=bench.redis).get_job_ids() == [body["id"]]
     record = bench.ledger.get(body["id"])
     assert record is not None
     digest = hashlib.sha256(data).hexdigest()
     assert record.job.references[0].image == digest
-    assert bench.store.read(digest) == data
+    assert bench.store.read("default", digest) == data
     assert body["request"]["references"] == [
         {
             "slot": 1,
             "role": "subject",
             "sha256": digest,
+            "url": None,
             "mask_sha256": None,
             "resolution": 24,
             "on_no_face": "fail",
@@ -50,7 +51,8 @@ def test_defaults_are_the_models(bench: Bench) -> None:
         "model": "unit", "prompt": "a toy", "negative_prompt": "", "references": [], "width": 72, "height": 64,
         "num_inference_steps": 4, "guidance": 4.5, "first_step_guidance": 4.5, "true_cfg_scale": 1.0,
         "true_cfg_start": 0, "true_cfg_end": 0, "negative_guidance": 3.5, "seed": 5, "num_images": 1,
-        "output": {"format": "png"}, "priority": "interactive",
+        "output": {"format": "png"}, "priority": "interactive", "previews": 0, "webhook": None,
+        "adapter": None,
     }  # fmt: skip
 
 
@@ -127,8 +129,8 @@ def test_formats_and_masks_are_stored(bench: Bench) -> None:
         ]
     )
     first, second = body["request"]["references"]
-    assert bench.store.read(first["mask_sha256"]) == mask
-    assert bench.store.read(second["sha256"]) == picture("WEBP")
+    assert bench.store.read("default", first["mask_sha256"]) == mask
+    assert bench.store.read("default", second["sha256"]) == picture("WEBP")
     assert second["resolution"] == 32
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
+from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
 from service.app import create_app
@@ -85,12 +86,12 @@ def test_unwritable_store_is_a_503(redis_server: RedisProcess, model_dir: Path, 
     blocked.write_text("a file where a folder is wanted")
     app = create_app(settings(redis_server.url, blocked / "state", model_dir))
     with TestClient(app) as client:
-        jobs = len(app.state.gateway.ledger.list(None, 100, None)[0])
+        jobs = len(app.state.gateway.ledger.list(None, None, 100)[0])
         answer = client.post("/v1/customize", json={**BODY, "references": [reference()]})
         assert (answer.status_code, answer.json()["code"]) == (503, "storage_unavailable")
         assert str(tmp_path) not in answer.text
         assert client.get("/readyz").json()["code"] == "storage_unavailable"
-        assert len(app.state.gateway.ledger.list(None, 100, None)[0]) == jobs
+        assert len(app.state.gateway.ledger.list(None, None, 100)[0]) == jobs
         blocked.unlink()
         assert client.post("/v1/customize", json={**BODY, "references": [reference()]}).status_code == 202
 
@@ -98,10 +99,11 @@ def test_unwritable_store_is_a_503(redis_server: RedisProcess, model_dir: Path, 
 def test_fault_of_ours_says_nothing(bench: Bench) -> None:
     """A damaged record is a 500 without its content, in the answer as in the log; others stay readable."""
     bench.redis.hset("dreamserve:job:job_x", mapping={"status": "queued", "job": "c4nary"})
-    with capture_logs() as lines:
+    with capture_logs([merge_contextvars]) as lines:
         answer = bench.client.get("/v1/jobs/job_x", headers={"X-Request-ID": "abc"})
     assert (answer.status_code, answer.json()["code"]) == (500, "internal")
     assert answer.json()["request_id"] == answer.headers["x-request-id"] == "abc"
     assert "c4nary" not in answer.text + str(lines)
-    assert [(line["exception"], line["request_id"]) for line in lines] == [("DamagedRecordError", "abc")]
+    told = [(line["event"], line.get("exception"), line["request_id"]) for line in lines]
+    assert told == [("request failed", "DamagedRecordError", "abc"), ("request", None, "abc")]
     assert bench.client.get("/v1/jobs").status_code == 200

@@ -37,12 +37,25 @@ SLIPS: list[tuple[str, dict[str, Any], str]] = [
     ("invalid_type", {"seed": 1.0}, "/seed"),
     ("invalid_type", {"metadata": {"order": 42}}, "/metadata/order"),
     ("invalid_value", {"output": {"format": "gif"}}, "/output/format"),
-    ("not_enabled", {"adapter": {"name": "x"}}, "/adapter"),
-    ("not_enabled", {"webhook": {}}, "/webhook"),
+    ("missing_field", {"adapter": {"scale": 0.5}}, "/adapter/name"),
+    ("invalid_type", {"adapter": {"name": "x", "scale": "0.5"}}, "/adapter/scale"),
+    ("unknown_field", {"adapter": {"name": "x", "weight": 1.0}}, "/adapter/weight"),
+    ("adapter_unknown", {"adapter": {"name": "x"}}, "/adapter/name"),
+    ("adapter_unknown", {"adapter": {"name": "../adapters"}}, "/adapter/name"),
+    ("adapter_unknown", {"adapter": {"name": "x", "version": "0" * 64}}, "/adapter/name"),
+    ("not_enabled", {"webhook": {"url": "https://example.com/"}}, "/webhook"),
+    ("missing_field", {"webhook": {}}, "/webhook/url"),
+    ("invalid_value", {"webhook": {"url": "https://example.com/", "events": ["started"]}}, "/webhook/events/0"),
+    ("invalid_value", {"previews": -1}, "/previews"),
+    ("invalid_value", {"previews": 21}, "/previews"),
     ("invalid_value", {"priority": "urgent"}, "/priority"),
     ("not_enabled", {"include": []}, "/include"),
-    ("not_enabled", _image("https://example.com/mug.jpg"), "/references/0/image"),
-    ("not_enabled", _image("ref_3f9c"), "/references/0/image"),
+    ("not_enabled", _image("https://example.com/a.jpg", mask=data_url(picture())), "/references/0/mask"),
+    ("url_forbidden", _image("https://127.0.0.1/a.jpg"), "/references/0/image"),
+    ("url_forbidden", _image("HTTPS://example.com:22/a.jpg"), "/references/0/image"),
+    ("reference_unknown", _image("ref_3f9c"), "/references/0/image"),
+    ("reference_unknown", _image("ref_" + "0" * 32), "/references/0/image"),
+    ("reference_unknown", _image(data_url(picture()), mask="ref_" + "0" * 32), "/references/0/mask"),
     ("prompt_empty", {"prompt": " \n"}, "/prompt"),
     ("prompt_too_long", {"prompt": "x" * 401}, "/prompt"),
     ("prompt_too_long", {"negative_prompt": "x" * 401}, "/negative_prompt"),
@@ -102,6 +115,7 @@ SLIPS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 ELSEWHERE = {
+    "adapter_scale_out_of_range": "test_adapters",
     "recipe_unknown": "test_trainings",
     "recipe_unusable": "test_trainings",
     "override_invalid": "test_trainings",
@@ -111,16 +125,27 @@ ELSEWHERE = {
     "json_too_complex": "test_json",
     "not_found": "test_jobs",
     "method_not_allowed": "test_jobs",
+    "malformed_request": "test_connections",
+    "head_too_large": "test_connections",
+    "unauthenticated": "test_tenants",
+    "job_gone": "test_jobs",
+    "job_not_finished": "test_jobs",
+    "idempotency_conflict": "test_submitting",
+    "tenant_over_share": "test_shares",
+    "over_capacity": "test_shares",
     "request_timeout": "test_limits",
-    "artifact_missing": "test_jobs",
+    "artifact_missing": "test_pictures",
     "payload_too_large": "test_limits",
+    "malformed_form": "test_references",
+    "range_not_satisfiable": "test_pictures",
     "unsupported_media_type": "test_limits",
     "invalid_request": "test_refusals",
     "cursor_invalid": "test_jobs",
     "internal": "test_outages",
-    "artifact_corrupt": "test_jobs",
+    "artifact_corrupt": "test_pictures",
     "queue_unavailable": "test_outages",
     "storage_unavailable": "test_outages",
+    "draining": "test_readiness",
 }
 """Codes that a good-looking body cannot provoke, and the file that does."""
 
@@ -137,7 +162,7 @@ def test_slip(bench: Bench, code: str, changes: dict[str, Any], pointer: str) ->
     assert len(body["errors"][0]["detail"]) > 10
     assert body["request_id"] == answer.headers["x-request-id"]
     assert body["instance"].endswith(body["request_id"])
-    assert bench.ledger.list(None, 10, None)[0] == []
+    assert bench.ledger.list(None, None, 10)[0] == []
 
 
 def test_all_faults_are_listed_at_once(bench: Bench) -> None:

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from service.auth import exposed
 from service.cli import app
 from service.samples import TILE, contact_sheet, ring, star
-from service.serving import exposed
 from tests.service.conftest import picture
 
 SERVE = """
@@ -184,6 +184,8 @@ def test_serve_gives_up_on_a_worker_that_only_crashes(model_dir: Path, tmp_path:
         ("127.0.0.1", False),
         ("127.8.0.1", False),
         ("::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:10.0.0.1", True),
         ("localhost", False),
         ("0.0.0.0", True),
         ("::", True),
@@ -192,5 +194,5 @@ def test_serve_gives_up_on_a_worker_that_only_crashes(model_dir: Path, tmp_path:
     ],
 )
 def test_an_open_address_is_known_as_one(host: str, open_to_others: bool) -> None:
-    """Serving beyond this machine without authentication is said aloud."""
+    """Serving beyond this machine without keys is refused."""
     assert exposed(host) == open_to_others

@@ -32,7 +32,7 @@ def test_a_training_is_accepted_with_its_whole_recipe(bench: Bench) -> None:
     """The worker needs nothing but the record: the recipe in it is the named one with the overrides applied."""
     overrides = {"seed": 5, "lora": {"rank": 4}, "stages": {"warm-up": {"steps": 7, "optimizer": {"lr": 1e-4}}}}
     body = submit(bench, adapter="toy-v2", overrides=overrides, metadata={"team": "toys"})
-    assert body["status"] == "queued" and body["queue"] == {"position": 0}
+    assert body["status"] == "queued" and body["queue"] == {"position": 0, "eta_s": None}
     record = bench.trainings.get(body["id"])
     assert record is not None
     recipe, plain = Recipe.model_validate(record.job.recipe), load_recipe("sticker-adapter")

@@ -59,7 +59,7 @@ class Bench:
         sampling = Sampling(side, side, steps, 3.5, 3.5, number)
         slots = range(1, references + 1)
         prompt = " and ".join(["a picture", *(f"[ref#{slot}]" for slot in slots), str(number)])
-        inputs = tuple(ReferenceInput(slot, Role.STYLE, self._picture()) for slot in slots)
+        inputs = tuple(ReferenceInput(slot, Role.STYLE, self._picture(tenant)) for slot in slots)
         return CustomizeJob(
             f"job_{number}", self.pipeline.spec.name, prompt, "", inputs, sampling=sampling, tenant=tenant
         )
@@ -82,10 +82,10 @@ class Bench:
         self.runner.wait()
         return self.ended(job.id)
 
-    def _picture(self) -> str:
+    def _picture(self, tenant: str) -> str:
         side = int(self.pipeline.spec.reference_resolution.default)
         pixels = self._noise.integers(0, 256, (side, side, 3), np.uint8)
-        return self.runner.store.put(pictures.encode(pixels, "png"))
+        return self.runner.store.put(tenant, pictures.encode(pixels, "png"))
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def opened(directory: Path, settings: WorkerSettings) -> Generator[Bench]:
         pipeline = load_pipeline(settings)
         pipeline.warm()
         settings = settings.model_copy(update={"state_dir": directory, "redis_url": process.url})
-        ledger = Ledger(queues.connect(process.url), CUSTOMIZE)
+        ledger = Ledger(queues.connect(process.url), CUSTOMIZE, tenant_window=10_000)
         runner = JobRunner(pipeline, ledger, ArtifactStore(settings.artifact_root), settings, "bench")
         try:
             yield Bench(runner, pipeline)
@@ -174,7 +174,8 @@ def _start(bench: Bench, references: int, side: int) -> tuple[Any, float]:
     """A run before its first step, and the seconds from its encoded request to it."""
     job = bench.job(references, 12, side)
     pipeline = bench.pipeline
-    inputs = [decoded_reference(each, bench.runner.store, pipeline.spec, PictureLimits()) for each in job.references]
+    store, limits = bench.runner.store, PictureLimits()
+    inputs = [decoded_reference(each, job.tenant, store, pipeline.spec, limits) for each in job.references]
     request = request_of(job, tuple(inputs))
     encoded = pipeline.encode(request, pipeline.preprocess(request))
     began = perf_counter()

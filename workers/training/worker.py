@@ -29,12 +29,13 @@ from workers import queues
 from workers.caretaker import Claim
 from workers.claims import ClaimedJob, End, Stop, StoppedError
 from workers.jobs import TRAINING, JobError, TrainingJob, TrainingProgress, TrainingResult
-from workers.ledger import DamagedRecordError, Ledger, TrainingLedger
+from workers.ledger import DamagedRecordError, TrainingLedger, open_ledger
 from workers.logs import configure_logging
 from workers.process import ConfigurationError, Station, WorkerProcess, find_url, refuse, run_delivered
 from workers.registry import Registry, RegistryError
 from workers.settings import TrainingSettings, describe_bad_settings
 from workers.training.export import ExportError
+from workers.training.metrics import TrainingMetrics
 from workers.training.recipes import Recipe, RecipeError
 from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
@@ -60,6 +61,7 @@ class TrainingRunner:
     registry: Registry
     settings: TrainingSettings
     worker: str
+    metrics: TrainingMetrics = field(default_factory=TrainingMetrics.fresh)
     claim: Claim | None = None
     leaving: bool = False
 
@@ -78,10 +80,13 @@ class TrainingRunner:
             return
         began = time.monotonic()
         self.claim = Claim(job_id, token, began)
+        self.metrics.began()
+        end: End = "lost"
         try:
             end = _Attempt(self, ClaimedJob(self.ledger, self.claim, self.settings.commit_patience_s)).run()
         finally:
             self.claim = None
+            self.metrics.ended(end)
             gc.collect()  # the trained model goes before the next is loaded
         _LOG.info("training ended", job_id=job_id, state=end, seconds=round(time.monotonic() - began, 3))
 
@@ -101,6 +106,15 @@ class TrainingRunner:
 
     def wait(self) -> None:
         """Nothing goes on between deliveries."""
+
+    def hear(self, job_id: str, reason: Stop) -> None:
+        """The training's own beats tell it soon enough."""
+
+    def hand_over(self) -> None:
+        """The training in hand has begun."""
+
+    def tidy(self) -> None:
+        """Nothing is kept between trainings."""
 
     def stop(self) -> None:
         """The step at hand is the last one here."""
@@ -133,7 +147,7 @@ class _Attempt:
         return end
 
     def _make(self) -> TrainingResult:
-        job = self.claimed.read()
+        job = self.claimed.read().job
         recipe = recipe_of(job, self.runner.settings)
         self.trainer = prepare(recipe, self._directory, self._on_step)
         if self.trainer.resume():
@@ -145,14 +159,15 @@ class _Attempt:
         if not self.trainer.run():
             raise StoppedError(self.stopped or "lost")
         exported = self.trainer.export()
-        adapter = self.runner.registry.publish(job.adapter, exported.directory)
+        adapter = self.runner.registry.of(job.tenant).publish(job.adapter, exported.directory)
         return TrainingResult(adapter.name, adapter.version, self.trainer.step, self.losses)
 
     def _on_step(self, report: StepReport) -> None:
         now = time.monotonic()
         self.claimed.claim.moved_at = now
-        if self.stepped_at:
-            seconds = now - self.stepped_at
+        seconds = now - self.stepped_at if self.stepped_at else None
+        self.runner.metrics.step(report.samples, seconds)
+        if seconds is not None:
             self.pace = seconds if self.pace == 0 else 0.9 * self.pace + 0.1 * seconds
         self.stepped_at = now
         self.losses = {name: value for name, value in report.losses.items() if not math.isnan(value)}
@@ -232,10 +247,11 @@ def run_worker(settings: TrainingSettings, *, burst: bool = False) -> int:
         The exit code.
     """
     configure_logging(settings.log_level)
+    metrics = TrainingMetrics.fresh()
     try:
         station = open_station(settings)
-        WorkerProcess(station, {"base_model": Path(settings.base_model).name}).run(
-            lambda name: _runner(settings, station, name), burst=burst
+        WorkerProcess(station, {"base_model": Path(settings.base_model).name}, settings, metrics.registry).run(
+            lambda name: _runner(settings, station, name, metrics), burst=burst
         )
     except ConfigurationError as error:
         return refuse(str(error))
@@ -248,17 +264,13 @@ def open_station(settings: TrainingSettings) -> Station:
     Raises:
         ConfigurationError: no Redis, or a URL that is none.
     """
-
-    def open_ledger(client: redis.Redis) -> TrainingLedger:
-        return Ledger(
-            client,
-            TRAINING,
-            job_ttl_s=settings.job_ttl_s,
-            lease_s=settings.lease_s,
-            max_attempts=settings.max_attempts,
-        )
-
-    return Station(find_url(settings), TRAINING, open_ledger, settings.stall_s, lambda: sweep_runs(settings.run_root))
+    return Station(
+        find_url(settings),
+        TRAINING,
+        lambda client: open_ledger(client, TRAINING, settings, max_attempts=settings.max_attempts),
+        settings.stall_s,
+        lambda: sweep_runs(settings.run_root),
+    )
 
 
 def sweep_runs(root: Path, max_age_s: float = _ABANDONED_S) -> None:
@@ -269,10 +281,12 @@ def sweep_runs(root: Path, max_age_s: float = _ABANDONED_S) -> None:
             shutil.rmtree(run, ignore_errors=True)
 
 
-def _runner(settings: TrainingSettings, station: Station, name: str) -> tuple[TrainingRunner, dict[str, Any]]:
+def _runner(
+    settings: TrainingSettings, station: Station, name: str, metrics: TrainingMetrics
+) -> tuple[TrainingRunner, dict[str, Any]]:
     client = station.connect()
     ledger = station.open_ledger(client)
-    return TrainingRunner(client, ledger, Registry(settings.adapter_root), settings, name), {}
+    return TrainingRunner(client, ledger, Registry(settings.adapter_root), settings, name, metrics), {}
 
 
 def main(arguments: list[str] | None = None) -> int:
