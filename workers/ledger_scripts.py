@@ -280,15 +280,17 @@ CANCEL = f"""{PRELUDE}
 local id = ARGV[3]
 local status = get(id, 'status')
 if not status then return false end
-if status == 'queued' then
-  set(id, 'cancel_requested', '1')
+if terminal(status) then return redis.call('HGETALL', record(id)) end
+set(id, 'cancel_requested', '1')
+if status == 'queued' or get(id, 'waits') then
+  redis.call('HDEL', record(id), 'token', 'claim_nonce')
   finish(id, 'canceled')
-elseif status == 'running' then
-  set(id, 'cancel_requested', '1')
+else
   redis.call('HSETNX', record(id), 'cancel_at', stamp(now))
 end
 return redis.call('HGETALL', record(id))
 """
+"""What runs ends at its next beat. What only waits with a worker ends at once: `begin` tells the worker, or a beat."""
 
 REAP = f"""{PRELUDE}
 local most, lost_error, requeued = tonumber(ARGV[3]), ARGV[4], {{}}

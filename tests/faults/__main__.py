@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.faults.campaign import Plan, run_campaign
 from tests.faults.checker import check, table
 from tests.faults.drills import CONTROLS, KILLS, STOPS, run_drills
+from tests.faults.promises import described, try_cancels, try_flood, try_leaving, try_sharing
 
 
 def main() -> int:
@@ -26,6 +27,10 @@ def main() -> int:
     parser.add_argument("--lease", type=float, default=10.0, help="seconds")
     parser.add_argument("--drills", type=int, default=0, help="kills and stops at each failpoint, one by one")
     parser.add_argument("--controls", type=int, default=0, help="drills of each variant that must be caught")
+    parser.add_argument("--cancels", type=int, default=0, help="cancels at random moments")
+    parser.add_argument("--leaves", type=int, default=0, help="SIGTERMs under load")
+    parser.add_argument("--shared", type=int, default=0, help="jobs for two workers, then three, then two")
+    parser.add_argument("--flood", type=int, default=0, help="jobs of one tenant before a single one of another")
     parser.add_argument("--out", type=Path, help="where histories and stores are left; default: a new directory")
     asked = parser.parse_args()
     out: Path = asked.out or Path(tempfile.mkdtemp(prefix="faults-"))
@@ -47,6 +52,16 @@ def main() -> int:
             drilled = run_drills(home, [fault] * asked.controls, variant=variant, lease_s=1.0, seed=asked.seed)
             print(f"control {variant}: caught {drilled.caught} of {drilled.drills}")
             good = good and drilled.caught >= 0.95 * drilled.drills
+    for number, act in (
+        (asked.cancels, try_cancels),
+        (asked.leaves, try_leaving),
+        (asked.shared, try_sharing),
+        (asked.flood, try_flood),
+    ):
+        if number:
+            tried = act(_home(out, act.__name__), number, asked.seed)
+            print(described(tried), flush=True)
+            good = good and not tried.broken
     return 0 if good else 1
 
 

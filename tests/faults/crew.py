@@ -48,17 +48,29 @@ class Member:
 class Crew:
     """`size` workers of a variant (`tests.faults.worker.VARIANTS`), from `start` to the end of the `with`."""
 
-    def __init__(self, home: Path, history: History, *, size: int, lease_s: float, variant: str = "product") -> None:
+    def __init__(
+        self,
+        home: Path,
+        history: History,
+        *,
+        size: int,
+        lease_s: float,
+        variant: str = "product",
+        step_s: float = 0.001,
+        window: int = WINDOW,
+    ) -> None:
         self.home = home
         self.history = history
         self.size = size
         self.lease_s = lease_s
         self.variant = variant
+        self.step_s = step_s
+        self.window = window
         self.store = ArtifactStore(home / "artifacts")
         self.redis: RedisProcess = start_redis(home)
         self.url = self.redis.url
         self.client = queues.connect(self.url)
-        self.ledger: CustomizeLedger = Ledger(self.client, CUSTOMIZE, lease_s=lease_s, tenant_window=WINDOW)
+        self.ledger: CustomizeLedger = Ledger(self.client, CUSTOMIZE, lease_s=lease_s, tenant_window=window)
         self.members: list[Member] = []
         self.kills = self.stops = self.redis_kills = 0
 
@@ -153,7 +165,8 @@ class Crew:
             "DREAMSERVE_STATE_DIR": str(self.home),
             "DREAMSERVE_LEASE_S": str(self.lease_s),
             "DREAMSERVE_JOBS_IN_HAND": "8",
-            "DREAMSERVE_TENANT_WINDOW": str(WINDOW),
+            "DREAMSERVE_TENANT_WINDOW": str(self.window),
+            "FAULTS_STEP_S": str(self.step_s),
             "DREAMSERVE_LOG_LEVEL": "warning",
             "FAULTS_HISTORY": str(self.history.path),
             "FAULTS_VARIANT": self.variant,

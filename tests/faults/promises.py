@@ -99,7 +99,8 @@ def try_cancels(home: Path, number: int, seed: int = 0) -> Tried:
             line.crew.tend()
             line.fill(24)
             time.sleep(line.draw.uniform(0, 0.03))
-            job_id = line.draw.choice(line.open)
+            running = [job_id for job_id in line.open if line.record(job_id).progress is not None]
+            job_id = line.draw.choice(running if running and line.draw.random() < 0.6 else line.open)
             began = time.monotonic()
             answer = line.crew.ledger.cancel(job_id)
             answered = time.monotonic()

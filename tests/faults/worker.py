@@ -2,8 +2,8 @@
 
     python -m tests.faults.worker
 
-`FAULTS_HISTORY` is the file of the history, `FAULTS_VARIANT` one of `VARIANTS`. Failpoints are armed from
-`DREAMSERVE_FAILPOINTS` at start and from lines on standard input. Only this file does that.
+`FAULTS_HISTORY` is the file of the history, `FAULTS_VARIANT` one of `VARIANTS`, `FAULTS_STEP_S` a step's seconds.
+Failpoints are armed from `DREAMSERVE_FAILPOINTS` at start and from lines on standard input. Only this file does that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from workers.logs import configure_logging
 from workers.process import WorkerProcess
 from workers.settings import WorkerSettings
 
-STEP_S = 0.001
 _GUARDS = (
     "if not holds(id, token) then return 0 end\n",
     "if status == to then return 1 end\n",
@@ -129,7 +128,7 @@ def step(run: Run) -> None:
     """Take a little time; a job that asks for poison takes the process with it."""
     if "poison" in run.request.prompt:
         os._exit(9)
-    time.sleep(STEP_S)
+    time.sleep(float(os.environ["FAULTS_STEP_S"]))
 
 
 def unfenced(script: str) -> str:

@@ -99,7 +99,7 @@ def test_halt_ends_the_thread_and_takes_the_card(client: redis.Redis) -> None:
 
 
 def test_a_claim_hears_what_its_beats_are_answered(client: redis.Redis, make_job: MakeJob) -> None:
-    """A job that waits for its turn makes no step: its cancel, deadline or loss is heard by the round."""
+    """A job that makes no step for long: its cancel, deadline or loss is heard by the round."""
     ledger = Ledger(client, CUSTOMIZE)
     hands = Hands()
     for job_id, within_s in (("job_fine", 3600.0), ("job_late", 0.5), ("job_canceled", None), ("job_lost", None)):

@@ -263,3 +263,16 @@ def test_waiting_finds_only_the_patient(ledger: CustomizeLedger, make_job: MakeJ
     ledger.cancel("job_1")
     assert ledger.waiting(3600.0) == []
     assert ledger.waiting(0.0) == ["job_0", "job_2"]
+
+
+def test_what_waits_with_a_worker_is_canceled_at_once(ledger: CustomizeLedger, make_job: MakeJob) -> None:
+    """Nothing has begun that would have to be stopped; the worker learns of it as it begins, and its claim is void."""
+    ledger.accept(make_job("job_1"))
+    token = ledger.claim("job_1", "w", waits=True)
+    assert token is not None
+    record = ledger.cancel("job_1")
+    assert record is not None and record.status is JobStatus.CANCELED
+    assert not ledger.begin("job_1", token)
+    assert ledger.beat("job_1", token) == "lost"
+    assert not ledger.hand_back("job_1", token)
+    assert ledger.reap() == []

@@ -244,8 +244,8 @@ class Machine:
 
     def cancel(self, job_id: str, choice: int, flavour: int) -> None:  # noqa: ARG002
         job = self.model.jobs[job_id]
-        if job.status is JobStatus.QUEUED:
-            job.canceling = True
+        if job.status is JobStatus.QUEUED or (job.status is JobStatus.RUNNING and job.waits):
+            job.canceling, job.token = True, None
             self.model.end(job, JobStatus.CANCELED)
         elif job.status is JobStatus.RUNNING:
             job.canceling = True
