@@ -1,4 +1,4 @@
-"""The client for event loops, asyncio's or trio's: as `blocking`, with every call awaited."""
+"""The client for event loops, asyncio's: as `blocking`, with every call awaited."""
 
 from __future__ import annotations
 

@@ -225,4 +225,4 @@ class Event:
     @property
     def ends(self) -> bool:
         """Whether it is the last one."""
-        return self.kind in ("status", "reset") and self.data.get("status") in ENDED
+        return self.kind == "status" and self.data.get("status") in ENDED

@@ -18,6 +18,7 @@ from service.client.calls import PAGE
 from tests.service.awaited import Connect
 from tests.service.conftest import SPEC, Bench, Open, picture
 from tests.service.gates import Gate
+from workers.jobs import Progress
 from workers.registry import MAIN
 
 WEBHOOK_SECRET = "whsec_" + "A" * 32
@@ -194,6 +195,21 @@ def test_following_a_job(client: Any, bench: Bench) -> None:
     assert list(job.events(after=told[-1].id)) == []
     assert job.preview() == picture()
     assert job.refresh().images[0].sha256 == result.images[0].sha256
+
+
+def test_a_gap_in_what_is_kept_is_told(client: Any, bench: Bench) -> None:
+    """Of a job with more events than are kept, the whole job comes first, then those that there are, to the end."""
+    job = client.customize("a")
+    token = bench.ledger.claim(job.id, "w")
+    assert token is not None
+    for step in range(1, 211):
+        bench.ledger.beat(job.id, token, Progress("denoise", step, 210))
+    bench.ledger.cancel(job.id)
+    bench.ledger.release_canceled(job.id, token)
+    first, *rest = job.events()
+    assert (first.kind, first.data["id"], first.data["status"]) == ("reset", job.id, "canceled")
+    assert [int(event.id) for event in rest] == list(range(int(first.id) + 1, int(first.id) + 1 + len(rest)))
+    assert rest[-1].ends and len(rest) > 100
 
 
 def test_one_key_is_one_job(client: Any, connect: Connect, gate: Gate) -> None:

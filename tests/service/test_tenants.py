@@ -19,8 +19,9 @@ from structlog.testing import capture_logs
 
 from service.app import create_app
 from service.auth import REMEMBER_S, Door
+from service.client.blocking import Client
+from service.client.errors import UnauthenticatedError
 from service.problems import Problem
-from service.submit import SubmitError, customize
 from tests.conftest import ROOT
 from tests.service.conftest import Bench, picture, settings
 from tests.service.gates import serve
@@ -175,20 +176,16 @@ def test_an_open_address_asks_for_keys_though_there_are_none(book: TenantBook) -
         Door(book, "auto", "0.0.0.0").tenant(None, "127.0.0.1")
 
 
-def test_submitting_from_the_command_line_with_a_key(keyed: TestClient, book: TenantBook, bench: Bench) -> None:
-    """The caller's side sends the key; without one it says what is missing."""
+def test_a_client_with_a_key(keyed: TestClient, book: TenantBook, bench: Bench) -> None:
+    """It sends the key; without one it says what is missing."""
     with contextmanager(serve)(cast("FastAPI", keyed.app)) as gate:
-        with pytest.raises(SubmitError, match="unauthenticated"):
-            customize(gate.url, {"prompt": "a"}, lambda _: None)
-        done: list[str] = []
-
-        def work(job: dict[str, Any]) -> None:
-            if not done:
-                done.append(job["id"])
-                bench.finish(job["id"], picture())
-
-        finished = customize(gate.url, {"prompt": "a"}, work, book.create_key("acme"))
-    assert finished.images == (picture(),)
+        with Client(gate.url) as stranger, pytest.raises(UnauthenticatedError) as refused:
+            stranger.customize("a")
+        assert refused.value.code == "unauthenticated"
+        with Client(gate.url, book.create_key("acme")) as client:
+            job = client.customize("a")
+            bench.finish(job.id, picture())
+            assert job.wait().images[0].read() == picture()
 
 
 def _run(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
