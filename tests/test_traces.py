@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.settings import GatewaySettings
+from tests.deployed_logging import deployed_logging
 from tests.workers.courier.hosts import AUTHORITY, NEAR, Host, World, always, said
 from tests.workers.courier.test_fetching import PNG
 from tests.workers.standin import StandinPipeline
@@ -206,6 +207,19 @@ def test_a_failure_has_its_end(line: Line, exported: Exported) -> None:
     exported.exporter.clear()
     line.gateway.post("/v1/customize", json={"prompt": ""})
     assert dict(exported.spans[0].attributes or {})["error.type"] == "Problem"
+
+
+def test_a_workers_lines_name_the_request(line: Line, capfd: pytest.CaptureFixture[str]) -> None:
+    """Who looks for the id that a caller quotes finds what the worker says of the job too."""
+    with deployed_logging():
+        headers = {"X-Request-ID": "quoted-1"}
+        job_id = line.gateway.post("/v1/customize", json={"prompt": "boom"}, headers=headers).json()["id"]
+        line.runner.run(job_id)
+        assert line.runner.wait(60)
+    lines = [json.loads(one) for one in capfd.readouterr().err.splitlines()]
+    told = {one["event"]: (one.get("request_id"), one.get("job_id")) for one in lines}
+    assert told["request"] == ("quoted-1", None)
+    assert told["job failed"] == ("quoted-1", job_id)
 
 
 def test_watching_is_no_trace(line: Line, exported: Exported) -> None:

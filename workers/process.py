@@ -174,7 +174,7 @@ class WorkerProcess:
         failed: dict[str, str] = {}
         if self.runner is not None and self.runner.broken:
             failed["device"] = "lost"
-        if not caretaker.is_alive() and not self.stop.is_set():
+        if caretaker.ident is not None and not caretaker.is_alive() and not self.stop.is_set():
             failed["caretaker"] = "ended"
         return failed
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
@@ -241,6 +242,21 @@ def test_the_documents_table_is_this_one() -> None:
     for process, name, kind, meaning in rows:
         listed.setdefault(process, {})[name] = (kind, meaning)
     assert listed == shown()
+
+
+@pytest.mark.parametrize("file", ["grafana.json", "alerts.yml"])
+def test_what_is_deployed_asks_for_what_there_is(file: str) -> None:
+    """Every metric that the dashboard or an alert names exists; the control: a name that does not is seen."""
+    text = (ROOT / "deploy" / file).read_text()
+    assert isinstance(yaml.safe_load(text), dict)
+    known = {name for process in shown().values() for name in process}
+
+    def unknown(text: str) -> set[str]:
+        named = {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"dreamserve:\w+", text)}
+        return {name for name in named if name not in known and f"{name}_count" not in known}
+
+    assert unknown(text) == set()
+    assert unknown(f"{text} dreamserve:nothing_total") == {"dreamserve:nothing_total"}
 
 
 def test_units_are_in_the_names() -> None:

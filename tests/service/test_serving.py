@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 from service.auth import exposed
 from service.cli import app
 from service.samples import TILE, contact_sheet, ring, star
+from service.serving import Serving, _programs
 from tests.service.conftest import picture
 
 SERVE = """
@@ -196,3 +199,24 @@ def test_serve_gives_up_on_a_worker_that_only_crashes(model_dir: Path, tmp_path:
 def test_an_open_address_is_known_as_one(host: str, open_to_others: bool) -> None:
     """Serving beyond this machine without keys is refused."""
     assert exposed(host) == open_to_others
+
+
+def test_each_process_gets_a_port_for_metrics(tmp_path: Path) -> None:
+    """From the given one on, none twice; without one, none."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = Serving("127.0.0.1", 0, 2, tmp_path, None, training_workers=1, metrics_port=9100)
+        ports = {
+            program.name: program.environment.get("DREAMSERVE_METRICS_PORT")
+            for program in _programs(serving, listener, "redis://x")
+        }
+        assert ports == {
+            "gateway": "9100",
+            "worker 1": "9101",
+            "worker 2": "9102",
+            "training worker 1": "9103",
+            "courier": "9104",
+        }
+        silent = replace(serving, metrics_port=None)
+        assert all(
+            "DREAMSERVE_METRICS_PORT" not in program.environment for program in _programs(silent, listener, "redis://x")
+        )

@@ -341,14 +341,14 @@ class JobRunner:
 
     def _guarded(self, work: Work, act: Callable[[Work], None]) -> None:
         """The outermost shell of what the pools do for a job: nothing may pass it unrecorded."""
-        try:
-            if not work.ended:
-                with bound_contextvars(job_id=work.claimed.claim.job_id):
+        with bound_contextvars(**work.ids):
+            try:
+                if not work.ended:
                     act(work)
-        except StoppedError as stopped:
-            self._end_early(work, stopped.reason)
-        except Exception as error:  # noqa: BLE001
-            self._fail(work, error)
+            except StoppedError as stopped:
+                self._end_early(work, stopped.reason)
+            except Exception as error:  # noqa: BLE001
+                self._fail(work, error)
 
     def _fail(self, work: Work, error: Exception) -> None:
         self._end(work, lambda: work.claimed.fail(error, job_error))

@@ -49,6 +49,12 @@ class Work:
         return cast("CustomizeJob", self._job)
 
     @property
+    def ids(self) -> dict[str, str]:
+        """What each line of the log says of it."""
+        request = {"request_id": self._job.request_id} if self._job and self._job.request_id else {}
+        return {"job_id": self.claimed.claim.job_id, **request}
+
+    @property
     def place(self) -> tuple[bool, int, int]:
         """In the line to be prepared: interactive ones first, then by pixels times steps, then by arrival."""
         job, sampling = self.job, self.job.sampling

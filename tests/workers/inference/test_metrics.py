@@ -72,18 +72,18 @@ def test_forwards_steps_and_stages(make_runner: Make, make_job: MakeJob) -> None
 
 def test_sheds_are_counted(make_runner: Make, make_job: MakeJob) -> None:
     """A device that takes one picture at a time: of four in a forward two are shed, then one."""
-    runs: list[int] = []
+    sizes: list[int] = []
 
     class Narrow(StandinPipeline):
-        def step(self, runs_: Any) -> Any:
-            runs.append(len(runs_))
-            if len(runs_) > 1:
+        def step(self, runs: Any) -> Any:
+            sizes.append(len(runs))
+            if len(runs) > 1:
                 raise RuntimeError("CUDA out of memory")
-            return super().step(runs_)
+            return super().step(runs)
 
     runner = make_runner(Narrow())
     run(runner, make_job("job_1", num_images=4, steps=1))
-    sheds = sum(number // 2 for number in runs if number > 1)
+    sheds = sum(number // 2 for number in sizes if number > 1)
     assert sheds > 0
     assert counted(runner, "out_of_memory_sheds_total") == sheds
     assert counted(runner, "denoise_steps_total") == 4
