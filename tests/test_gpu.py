@@ -25,8 +25,10 @@ THERE = {
     *("huggingface-hub", "tokenizers", "safetensors", "filelock", "regex"),
 }
 """What the machine has: what the comment in deploy/gpu.txt names, and what transformers cannot do without."""
-OPTIONAL = {"xformers", "pyarrow", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http", "schemathesis"}
+OPTIONAL = {"xformers", "pyarrow"}
 """Imported only where they are installed."""
+TRACES = "opentelemetry-"
+"""So begin the distributions that share one module's name; all but the API are for the extra `traces`."""
 MACHINE = {"python_version": "3.12", "python_full_version": "3.12.3", "sys_platform": "linux", "extra": ""}
 
 
@@ -61,6 +63,8 @@ def needed() -> set[str]:
     while left:
         name = canonicalize_name(left.pop())
         if name in found or name in THERE or name in OPTIONAL or name == "dreamserve":
+            continue
+        if name.startswith(TRACES) and name != "opentelemetry-api":
             continue
         found.add(name)
         wanted = [Requirement(line) for line in requires(name) or []]
