@@ -3,15 +3,21 @@
 python -m tests.fuzz pictures --seed 1 --rounds 12
 python -m tests.fuzz sockets --sockets 1000 --requests 200
 python -m tests.fuzz lost-replies --number 10000
+python -m tests.fuzz contract --examples 500
 """
 
 from __future__ import annotations
 
 import sys
 
-from tests.fuzz import lost_replies, picture_run, slow_sockets
+from tests.fuzz import contract, lost_replies, picture_run, slow_sockets
 
-RUNS = {"pictures": picture_run.main, "sockets": slow_sockets.main, "lost-replies": lost_replies.main}
+RUNS = {
+    "pictures": picture_run.main,
+    "sockets": slow_sockets.main,
+    "lost-replies": lost_replies.main,
+    "contract": contract.main,
+}
 
 
 def main() -> int:
