@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo serve test check format golden openapi evaluate faults bench wheels gpu gpu-bench tiny lock clean
+.PHONY: help setup demo serve test check format golden openapi evaluate faults fuzz bench wheels gpu gpu-bench tiny lock clean
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 11
 
@@ -47,6 +47,13 @@ evaluate: $(VENV)/run.stamp ## how well the model customizes StickerWorld scenes
 
 faults: $(VENV)/dev.stamp ## 10,000 jobs while workers and Redis are killed and stopped, and controls that must be caught (hours)
 	$(BIN)/python -m tests.faults --jobs 10000 --kills 200 --redis-kills 20 --stops 25 --drills 100 --controls 100
+	$(BIN)/python -m tests.faults --jobs 0 --cancels 500 --leaves 100 --shared 300 --flood 1000
+
+fuzz: $(VENV)/dev.stamp ## hostile pictures, slow sockets, lost replies and 100,000 cases of the contract (an hour)
+	$(BIN)/python -m tests.fuzz pictures --rounds 12
+	$(BIN)/python -m tests.fuzz sockets --sockets 1000
+	$(BIN)/python -m tests.fuzz lost-replies --number 10000
+	$(BIN)/python -m tests.fuzz contract --examples 2500
 
 bench: $(VENV)/dev.stamp ## measure; rows go to tests/benchmarks/results
 	$(BIN)/python -m tests.benchmarks
