@@ -3,39 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
-
-import pytest
-import redis
 
 from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
+from tests.workers.inference.conftest import Make
 from tests.workers.standin import Run, StandinPipeline
-from workers.artifacts import ArtifactStore
-from workers.inference.metrics import WorkerMetrics
 from workers.inference.runner import JobRunner
 from workers.jobs import CUSTOMIZE
-from workers.ledger import Ledger
-from workers.settings import WorkerSettings
-
-Make = Callable[..., JobRunner]
-
-
-@pytest.fixture
-def make_runner(client: redis.Redis, store: ArtifactStore) -> Iterator[Make]:
-    made: list[JobRunner] = []
-
-    def make(pipeline: StandinPipeline | None = None, **changes: Any) -> JobRunner:
-        settings = WorkerSettings(**{"commit_patience_s": 5.0, "grace_s": 0.0, **changes})
-        metrics = WorkerMetrics.fresh()
-        ledger = Ledger(client, CUSTOMIZE)
-        made.append(JobRunner(pipeline or StandinPipeline(), ledger, store, settings, "w", metrics))
-        return made[-1]
-
-    yield make
-    for runner in made:
-        runner.close()
 
 
 def counted(runner: JobRunner, name: str, **labels: str) -> float:

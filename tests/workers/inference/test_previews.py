@@ -13,13 +13,12 @@ from model.checkpoints import ModelSource
 from model.pipeline import load_pipeline
 from model.requests import ImageRequest
 from tests.workers.conftest import MakeJob
-from tests.workers.inference.test_runner import Make, make_runner, run
+from tests.workers.inference.conftest import Make
+from tests.workers.inference.test_runner import run
 from tests.workers.standin import Run, StandinPipeline
 from workers.jobs import JobStatus
 from workers.ledger import MAX_PREVIEW_BYTES
 from workers.pictures import encode
-
-__all__ = ["make_runner"]
 
 
 def grey(data: bytes) -> float:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from PIL import Image
 from model.roles import Role
 from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
+from tests.workers.inference.conftest import Make
 from tests.workers.standin import Run, StandinPipeline, picture
 from workers import queues
 from workers.artifacts import ArtifactStore
@@ -27,23 +27,6 @@ from workers.ledger import Ledger
 from workers.pictures import PictureLimits, decode
 from workers.redis_process import start_redis
 from workers.settings import WorkerSettings
-
-Make = Callable[..., JobRunner]
-
-
-@pytest.fixture
-def make_runner(client: redis.Redis, store: ArtifactStore) -> Iterator[Make]:
-    """Runners on this pipeline; they are closed at the end."""
-    made: list[JobRunner] = []
-
-    def make(pipeline: StandinPipeline | None = None, **changes: Any) -> JobRunner:
-        settings = WorkerSettings(**{"commit_patience_s": 5.0, "grace_s": 0.0, **changes})
-        made.append(JobRunner(pipeline or StandinPipeline(), Ledger(client, CUSTOMIZE), store, settings, "w"))
-        return made[-1]
-
-    yield make
-    for runner in made:
-        runner.close()
 
 
 @pytest.fixture
