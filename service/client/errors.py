@@ -40,6 +40,10 @@ class Fault:
     detail: str
 
 
+_AGES_S = 1e9
+"""Nobody waits longer."""
+
+
 class DreamserveError(Exception):
     """Attributes:
     code: stable; docs/errors.md lists them.
@@ -184,7 +188,7 @@ def retry_after_s(response: httpx2.Response) -> float | None:
     """Seconds from now that a Retry-After asks for (RFC 9110 §10.2.3), at least 0; None without one."""
     said = response.headers.get("retry-after", "").strip()
     if said.isascii() and said.isdecimal():
-        return float(said[:9])
+        return min(float(said), _AGES_S)
     try:
         moment = parsedate_to_datetime(said)
     except ValueError:
