@@ -227,6 +227,7 @@ def _from_diffusers(
     if not any(_PEFT.match(key) for key in state):
         try:
             state = cast("dict[str, torch.Tensor]", FluxLoraLoaderMixin.lora_state_dict(dict(state)))
+        # The converters split, index and reshape what they take for their own format, and fail as that fails.
         except (ValueError, KeyError, NotImplementedError, IndexError, RuntimeError, TypeError) as error:
             raise WeightsError("weights_format", f"{source}: no adapter format diffusers knows ({error})") from error
     pairs: dict[str, dict[str, torch.Tensor]] = {}

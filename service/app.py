@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 
 from service.gateway import open_gateway
 from service.openapi import install_openapi
-from service.picture_routes import router as picture_router
 from service.problems import (
     TABLE,
     Fault,
@@ -24,15 +23,16 @@ from service.problems import (
     answer_http,
     answer_problem,
 )
-from service.reference_routes import router as reference_router
-from service.routes import open_router, router
+from service.routes.jobs import open_router, router
+from service.routes.pictures import router as picture_router
+from service.routes.references import router as reference_router
+from service.routes.trainings import router as training_router
 from service.settings import GatewaySettings
 from service.shell import RequestShell
-from service.training_routes import router as training_router
 from workers.artifacts import ArtifactError
-from workers.exposition import open_exposition
-from workers.logs import configure_logging
-from workers.tracing import Tracing, open_tracing
+from workers.telemetry.exposition import open_exposition
+from workers.telemetry.logs import configure_logging
+from workers.telemetry.tracing import Tracing, open_tracing
 
 _LOG = structlog.stdlib.get_logger("service")
 

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from service.keys import keys
-from service.submit import SubmitError
+from service.commands.keys import keys
+from service.commands.submit import SubmitError
 
 if TYPE_CHECKING:
     from service.client import Job
@@ -65,9 +65,9 @@ def serve(
 ) -> None:
     """Start everything: a private Redis unless DREAMSERVE_REDIS_URL is set, workers, the courier and the gateway."""
     from service.auth import exposed  # noqa: PLC0415 - keeps the other commands quick
-    from service.process_tree import TreeFailedError  # noqa: PLC0415 - as above
-    from service.serving import OpenToOthersError, Serving  # noqa: PLC0415 - as above
-    from service.serving import serve as run  # noqa: PLC0415 - as above
+    from service.commands.process_tree import TreeFailedError  # noqa: PLC0415 - as above
+    from service.commands.serving import OpenToOthersError, Serving  # noqa: PLC0415 - as above
+    from service.commands.serving import serve as run  # noqa: PLC0415 - as above
     from workers.redis_process import RedisUnavailableError  # noqa: PLC0415 - as above
 
     settings = _settings()
@@ -106,9 +106,9 @@ def gateway(
 
     from model.errors import WeightsError  # noqa: PLC0415 - as above
     from service.app import create_app  # noqa: PLC0415 - as above
-    from service.serving import OpenToOthersError, refuse_open, run_gateway  # noqa: PLC0415 - as above
-    from workers.logs import configure_logging  # noqa: PLC0415 - as above
+    from service.commands.serving import OpenToOthersError, refuse_open, run_gateway  # noqa: PLC0415 - as above
     from workers.redis_process import find_redis  # noqa: PLC0415 - as above
+    from workers.telemetry.logs import configure_logging  # noqa: PLC0415 - as above
 
     settings = _settings()
     url = settings.redis_url or find_redis(settings.state_dir)
@@ -193,7 +193,7 @@ def submit(
     adapter: Annotated[str | None, typer.Option(help="NAME or NAME:SCALE.")] = None,
 ) -> None:
     """Make a picture over HTTP and write it to a file."""
-    from service import submit as calls  # noqa: PLC0415 - keeps the other commands quick
+    from service.commands import submit as calls  # noqa: PLC0415 - keeps the other commands quick
 
     try:
         references = [calls.reference(text) for text in reference or ()]
@@ -224,7 +224,7 @@ def submit(
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out")) -> None:
     """Serve privately, submit two references, write the result and a contact sheet, stop everything."""
-    from service.demo import run_demo  # noqa: PLC0415 - keeps the other commands quick
+    from service.commands.demo import run_demo  # noqa: PLC0415 - keeps the other commands quick
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that everything is stopped
     try:

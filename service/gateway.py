@@ -27,8 +27,8 @@ from workers.ledger import CustomizeLedger, open_ledger
 from workers.pictures import PictureLimits
 from workers.references import References
 from workers.registry import Registry
+from workers.telemetry.tracing import Tracing
 from workers.tenants import TenantBook
-from workers.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)

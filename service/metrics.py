@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from redis.exceptions import RedisError
 
-from workers.census import Census, take_census
 from workers.ledger import Ledger
-from workers.metrics import PREFIX, Scraped, add_durations, counter, fresh_registry, gauge, histogram
+from workers.telemetry.census import Census, take_census
+from workers.telemetry.metrics import PREFIX, Scraped, add_durations, counter, fresh_registry, gauge, histogram
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNKNOWN_ROUTE: Final = "unknown"

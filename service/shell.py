@@ -17,7 +17,7 @@ from structlog.contextvars import bound_contextvars
 from service.headers import checked_traceparent
 from service.metrics import GatewayMetrics
 from service.problems import TABLE, ProblemDetails, problem_response
-from workers.tracing import Tracing, traceparent_of
+from workers.telemetry.tracing import Tracing, traceparent_of
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUIET = frozenset({"/livez", "/readyz"})

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import structlog
 
-from workers.logs import configure_logging
+from workers.telemetry.logs import configure_logging
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from model.requests import ImageRequest, Reference
 from model.roles import Role
 from service.client import AdapterUse, Client, Job
 from service.client import Reference as Sent
-from service.samples import star
+from service.commands.samples import star
 from tests.conftest import ROOT
 from tests.model.adapters import another_dreamo
 from workers import pictures

@@ -12,8 +12,8 @@ from PIL import Image
 
 from service.client import Client, Job, JobFailedError, Reference
 from service.client.calls import CustomizeOptions
-from service.samples import ring, star
-from service.submit import follow
+from service.commands.samples import ring, star
+from service.commands.submit import follow
 
 TWO = "the star from [ref#1] and the ring from [ref#2]"
 

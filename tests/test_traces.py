@@ -31,7 +31,7 @@ from workers.jobs import CUSTOMIZE, JobStatus
 from workers.ledger import CustomizeLedger, Ledger
 from workers.redis_process import RedisProcess, start_redis
 from workers.settings import WorkerSettings
-from workers.tracing import Tracing, open_tracing, traceparent_of
+from workers.telemetry.tracing import Tracing, open_tracing, traceparent_of
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

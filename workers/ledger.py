@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 import redis
 
-from workers import ledger_scripts as scripts
+from workers.books import scripts
+from workers.books.outboxes import WORKER_LOST, Outboxes
+from workers.books.values import Accepted, DamagedRecordError, Event, Once, number_of, read_record, text_of
 from workers.jobs import (
     CustomizeJob,
     JobError,
@@ -34,8 +36,6 @@ from workers.jobs import (
     TrainingResult,
     encode,
 )
-from workers.ledger_values import Accepted, DamagedRecordError, Event, Once, number_of, read_record, text_of
-from workers.outboxes import WORKER_LOST, Outboxes
 from workers.settings import QueueSettings
 
 Beat = Literal["ok", "canceled", "expired", "lost"]

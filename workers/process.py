@@ -28,11 +28,11 @@ from rq.exceptions import StopRequested
 from workers import queues
 from workers.caretaker import Caretaker, Holder
 from workers.delivery import DeliveryWorker
-from workers.exposition import PortTakenError, open_exposition
 from workers.jobs import AnyKind
 from workers.ledger import Ledger
 from workers.redis_process import find_redis
 from workers.settings import QueueSettings
+from workers.telemetry.exposition import PortTakenError, open_exposition
 
 _LOG = structlog.stdlib.get_logger("workers.process")
 

@@ -23,9 +23,9 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.utils import import_attribute
 
+from workers.books.outboxes import Outboxes
+from workers.books.values import Accepted
 from workers.jobs import CUSTOMIZE, TRAINING, AnyKind
-from workers.ledger_values import Accepted
-from workers.outboxes import Outboxes
 
 QUEUES: Final = {kind.function: kind.queue for kind in (CUSTOMIZE, TRAINING)}
 """Everything that a delivery can make a worker call, and by which queue it travels."""

@@ -25,10 +25,10 @@ from model.errors import WeightsError
 from workers.capacity.arrivals import Arrival, Load, TraceError, poisson, read_trace
 from workers.capacity.costs import Costs, CostsError, read_costs, write_costs
 from workers.capacity.fleet import Ended, Fleet, Outcome, simulate
-from workers.logs import configure_logging
 from workers.planner import Budget
 from workers.redis_process import RedisUnavailableError
 from workers.settings import WorkerSettings, describe_bad_settings
+from workers.telemetry.logs import configure_logging
 
 app = typer.Typer(add_completion=False)
 

@@ -14,7 +14,7 @@ import httpx2
 import psutil
 
 from service.client import Client, Job, Reference
-from service.samples import ring, star
+from service.commands.samples import ring, star
 from tests.benchmarks.measure import Figure, figure
 
 JOBS = 50

@@ -21,9 +21,9 @@ from workers.capacity.arrivals import Arrival, Load, poisson
 from workers.capacity.costs import Costs
 from workers.capacity.fleet import Fleet, simulate
 from workers.capacity.measuring import Bench, measure, opened
-from workers.logs import configure_logging
 from workers.planner import Budget
 from workers.settings import WorkerSettings
+from workers.telemetry.logs import configure_logging
 
 JOBS = 30
 LOAD = 0.8

@@ -23,17 +23,18 @@ from prometheus_client import CollectorRegistry
 
 from tests.faults.history import History
 from tests.workers.standin import Run, StandinPipeline
-from workers import failpoints, ledger_scripts
+from workers import failpoints
 from workers.artifacts import ArtifactStore
+from workers.books import scripts as ledger_scripts
 from workers.inference.runner import JobRunner
 from workers.inference.turns import Turns
 from workers.inference.worker import open_station
 from workers.inference.works import Work
 from workers.jobs import CUSTOMIZE, CustomizeJob, JobResult, Progress
 from workers.ledger import Ledger
-from workers.logs import configure_logging
 from workers.process import WorkerProcess
 from workers.settings import WorkerSettings
+from workers.telemetry.logs import configure_logging
 
 _GUARDS = (
     "if not holds(id, token) then return 0 end\n",

@@ -9,7 +9,7 @@ from dataclasses import replace
 import uvicorn
 
 from service.app import create_app
-from service.serving import http_config
+from service.commands.serving import http_config
 from service.settings import GatewaySettings
 from workers.pictures import PictureLimits
 

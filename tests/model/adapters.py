@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -64,3 +65,20 @@ def kohya_lora(out: Path, transformer: FluxTransformer2DModel, *, seed: int, alp
         }
     save_file(tensors, out)
     return out
+
+
+def lora_files(transformer: FluxTransformer2DModel, folder: Path) -> dict[str, Path]:
+    """A plain LoRA in each form in which they come."""
+    adapters = {
+        "every linear layer": plain_lora(folder / "all.safetensors", transformer, seed=3, amount=0.1),
+        "with alphas": plain_lora(folder / "alpha.safetensors", transformer, seed=4, alpha=2.0, only="attn"),
+        "one projection of three": plain_lora(folder / "part.safetensors", transformer, seed=5, only="to_k"),
+        "kohya": kohya_lora(folder / "kohya.safetensors", transformer, seed=6),
+    }
+    config = {"r": 4, "lora_alpha": 6.0, "alpha_pattern": {"attn.to_q": 2.0}, "target_modules": ["to_q", "to_k"]}
+    stated = {f"transformer.{key}": value for key, value in config.items()}
+    tensors = {k: v for k, v in load_file(adapters["with alphas"]).items() if "to_q." in k or "to_k." in k}
+    tensors = {k: v for k, v in tensors.items() if not k.endswith(".alpha")}
+    adapters["with its configuration in the header"] = folder / "stated.safetensors"
+    save_file(tensors, folder / "stated.safetensors", {"format": "pt", "lora_adapter_metadata": json.dumps(stated)})
+    return adapters

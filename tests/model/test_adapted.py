@@ -16,7 +16,6 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from model.adapted import Adaptation
 from model.adapters import MAIN, fuse, read_adapter
@@ -25,13 +24,14 @@ from model.errors import AdapterError
 from model.fabricate import TINY, TINY_SPEC, write_model
 from model.network import fused
 from model.pipeline import Pipeline
-from model.precision import Fp8Linear, Int8Linear, quantized
+from model.precision import quantized
 from model.preprocess import Tools, load_tools
 from model.requests import ImageRequest, Reference
 from model.roles import Role
 from model.sampling import Denoising
 from model.transformer import EmbeddingTables, Network
-from tests.model.adapters import another_dreamo, kohya_lora, plain_lora
+from tests.model.adapters import another_dreamo, lora_files, plain_lora
+from tests.model.unfolding import unfolded
 
 SCALES = (1.0, 0.6, -0.5)
 
@@ -166,23 +166,6 @@ def test_the_served_file_itself_changes_nothing(pipeline: Pipeline, source: Mode
         assert torch.equal(drawn(pipeline, loaded.at(scale)), drawn(pipeline))
 
 
-def lora_files(transformer: FluxTransformer2DModel, folder: Path) -> dict[str, Path]:
-    """A plain LoRA in each form in which they come."""
-    adapters = {
-        "every linear layer": plain_lora(folder / "all.safetensors", transformer, seed=3, amount=0.1),
-        "with alphas": plain_lora(folder / "alpha.safetensors", transformer, seed=4, alpha=2.0, only="attn"),
-        "one projection of three": plain_lora(folder / "part.safetensors", transformer, seed=5, only="to_k"),
-        "kohya": kohya_lora(folder / "kohya.safetensors", transformer, seed=6),
-    }
-    config = {"r": 4, "lora_alpha": 6.0, "alpha_pattern": {"attn.to_q": 2.0}, "target_modules": ["to_q", "to_k"]}
-    stated = {f"transformer.{key}": value for key, value in config.items()}
-    tensors = {k: v for k, v in load_file(adapters["with alphas"]).items() if "to_q." in k or "to_k." in k}
-    tensors = {k: v for k, v in tensors.items() if not k.endswith(".alpha")}
-    adapters["with its configuration in the header"] = folder / "stated.safetensors"
-    save_file(tensors, folder / "stated.safetensors", {"format": "pt", "lora_adapter_metadata": json.dumps(stated)})
-    return adapters
-
-
 @pytest.mark.parametrize(
     "form",
     ["every linear layer", "with alphas", "one projection of three", "kohya", "with its configuration in the header"],
@@ -243,30 +226,6 @@ def test_adapters_go_onto_fused_and_low_precision_layers(
     assert off(before, wanted) > 0.05, "the control: unadapted, it is another picture"
     assert off(drawn(pipeline, adaptation), wanted) <= tolerance
     assert torch.equal(drawn(pipeline, pipeline.load_adapter(dreamo / MAIN).at(0.0)), before)
-
-
-def unfolded(network: Network, source: ModelSource) -> FluxTransformer2DModel:
-    """A fresh transformer with the weights that a network's layers stand for."""
-    fresh = load_model(source).transformer
-    for number, block in enumerate([*fresh.transformer_blocks, *fresh.single_transformer_blocks]):
-        layers = network.projections[number]
-        own = [[block.attn.to_q, block.attn.to_k, block.attn.to_v]]
-        if len(layers) == 2:
-            own.insert(0, [block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj])
-        for layer, parts in zip(layers, own, strict=True):
-            for part, weight in zip(parts, weight_of(layer).chunk(3), strict=True):
-                part.weight.data = weight.clone()
-    for name, module in network.model.named_modules():
-        if isinstance(module, Int8Linear | Fp8Linear) and "attn.to_qkv" not in name and "added_qkv" not in name:
-            fresh.get_submodule(name).weight.data = weight_of(module).clone()
-    return fresh
-
-
-def weight_of(layer: Any) -> torch.Tensor:
-    """[out, in] in float32."""
-    if isinstance(layer, nn.Linear):
-        return layer.weight.float()
-    return layer.weight.float() * (layer.scale if isinstance(layer, Int8Linear) else layer.scale.t())
 
 
 @pytest.mark.gpu

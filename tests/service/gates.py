@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
+from service.commands.serving import http_config
 from service.connections import Deadlines
-from service.serving import http_config
 
 Address = tuple[str, int]
 

@@ -31,8 +31,8 @@ from tests.waiting import wait_for
 from tests.workers.courier.hosts import Host, always, said
 from tests.workers.courier.test_fetching import PNG
 from workers.jobs import CUSTOMIZE
-from workers.metrics import counter
 from workers.redis_process import RedisProcess, start_redis
+from workers.telemetry.metrics import counter
 from workers.tenants import TenantBook
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from service.process_tree import ProcessTree, Program, TreeFailedError
+from service.commands.process_tree import ProcessTree, Program, TreeFailedError
 
 
 def _python(code: str, *arguments: str, name: str = "child", pass_fds: tuple[int, ...] = ()) -> Program:
@@ -80,7 +80,7 @@ def test_killed_parent_takes_its_children_along() -> None:
     reader, writer = os.pipe()
     parent_code = (
         "import sys, time\n"
-        "from service.process_tree import ProcessTree, Program\n"
+        "from service.commands.process_tree import ProcessTree, Program\n"
         "child = \"import os, sys, time; os.write(int(sys.argv[1]), b'!'); time.sleep(600)\"\n"
         "command = (sys.executable, '-S', '-c', child, sys.argv[1])\n"
         "ProcessTree([Program('child', command, pass_fds=(int(sys.argv[1]),))], report=print).start()\n"

@@ -19,14 +19,14 @@ from typer.testing import CliRunner
 
 from service.auth import exposed
 from service.cli import app
-from service.samples import TILE, contact_sheet, ring, star
-from service.serving import Serving, _programs
+from service.commands.samples import TILE, contact_sheet, ring, star
+from service.commands.serving import Serving, _programs
 from tests.service.conftest import picture
 
 SERVE = """
 import sys
 from pathlib import Path
-from service.serving import Serving, serve
+from service.commands.serving import Serving, serve
 command = (sys.executable, "-m", "tests.service.fake_worker")
 serve(
     Serving("127.0.0.1", 0, 2, Path(sys.argv[1]), None, worker_command=command),

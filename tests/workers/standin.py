@@ -82,7 +82,7 @@ class StandinPipeline:
         return reference
 
     def load_adapter(self, file: Path) -> Any:
-        raise NotImplementedError
+        raise WeightsError("adapter_mismatch", f"nothing in a stand-in could be changed by {file.name}")
 
     def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:
         assert adaptation is None

@@ -20,11 +20,11 @@ import pytest
 from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
 from workers import queues
-from workers.exposition import Exposition
 from workers.jobs import CUSTOMIZE
 from workers.ledger import CustomizeLedger, Ledger
-from workers.metrics import counter, fresh_registry
 from workers.redis_process import RedisProcess, start_redis
+from workers.telemetry.exposition import Exposition
+from workers.telemetry.metrics import counter, fresh_registry
 
 
 @pytest.fixture

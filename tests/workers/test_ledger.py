@@ -9,6 +9,7 @@ import redis
 
 from tests.workers.conftest import MakeJob
 from tests.workers.ledgers import ERROR, RESULT, STEP, lapse, record, running
+from workers.books.values import Accepted
 from workers.jobs import (
     CUSTOMIZE,
     TRAINING,
@@ -17,7 +18,6 @@ from workers.jobs import (
     TrainingJob,
 )
 from workers.ledger import CustomizeLedger, DamagedRecordError, Ledger
-from workers.ledger_values import Accepted
 
 
 @pytest.fixture

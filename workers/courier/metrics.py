@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from workers.metrics import PREFIX, Scraped, counter, fresh_registry, histogram
+from workers.telemetry.metrics import PREFIX, Scraped, counter, fresh_registry, histogram
 
 _ATTEMPTS = tuple(range(1, 12))
 

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
+from workers.books.values import Delivery
 from workers.courier.egress import Caps, Egress, Reply
 from workers.courier.signing import sign
 from workers.jobs import JobRecord, JobResult, JobStatus, TrainingJob
-from workers.ledger_values import Delivery
 
 RETRIES_S: Final = (5, 30, 120, 600, 1800, 3600, 7200, 14_400, 21_600, 28_800)
 """Pause after the first, second, … failed attempt: eleven attempts within 22 hours, while the record lives (a day)."""

@@ -28,6 +28,7 @@ from redis.exceptions import RedisError
 
 from workers import queues
 from workers.artifacts import ArtifactStore
+from workers.books.values import DamagedRecordError, Delivery
 from workers.courier.addresses import Rules
 from workers.courier.egress import Egress, EgressError, Reply, SystemResolver, trust
 from workers.courier.fetching import FetchError, ReferenceFetcher, digest
@@ -35,14 +36,13 @@ from workers.courier.metrics import CourierMetrics
 from workers.courier.outbox import Outbox
 from workers.courier.signing import SecretError, read_secret, secrets_of
 from workers.courier.webhooks import RETRIES_S, SecretsOf, Settlement, WebhookSender, message, settle
-from workers.exposition import PortTakenError, open_exposition
 from workers.jobs import CUSTOMIZE, TRAINING, CustomizeJob, JobRecord
 from workers.ledger import CustomizeLedger, Ledger, open_ledger
-from workers.ledger_values import DamagedRecordError, Delivery
-from workers.logs import configure_logging
 from workers.process import ConfigurationError, find_url, refuse
 from workers.settings import CourierSettings, describe_bad_settings
-from workers.tracing import Tracing, open_tracing
+from workers.telemetry.exposition import PortTakenError, open_exposition
+from workers.telemetry.logs import configure_logging
+from workers.telemetry.tracing import Tracing, open_tracing
 
 COURIERS: Final = replace(CUSTOMIZE, cards="dreamserve:couriers")
 """Where couriers announce themselves."""

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from workers.claims import End
 from workers.engine import Forward
 from workers.inference.caches import Counts
-from workers.metrics import LONG_S, PREFIX, Scraped, counter, fresh_registry, histogram
+from workers.telemetry.metrics import LONG_S, PREFIX, Scraped, counter, fresh_registry, histogram
 
 _TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 _RUNS = (1, 2, 3, 4, 6, 8, 12, 16, 32)

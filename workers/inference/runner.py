@@ -46,7 +46,7 @@ from workers.planner import Budget, Seat
 from workers.references import Purges
 from workers.registry import Registry
 from workers.settings import WorkerSettings
-from workers.tracing import JobTrace, Tracing
+from workers.telemetry.tracing import JobTrace, Tracing
 
 if TYPE_CHECKING:
     from model.pipeline import EncodedRequest

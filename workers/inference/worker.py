@@ -20,7 +20,6 @@ from workers.inference.metrics import WorkerMetrics
 from workers.inference.runner import HotPipeline, JobRunner
 from workers.jobs import CUSTOMIZE
 from workers.ledger import open_ledger
-from workers.logs import configure_logging
 from workers.process import (
     BrokenRunnerError,
     ConfigurationError,
@@ -31,7 +30,8 @@ from workers.process import (
     run_delivered,
 )
 from workers.settings import WorkerSettings, describe_bad_settings
-from workers.tracing import Tracing, open_tracing
+from workers.telemetry.logs import configure_logging
+from workers.telemetry.tracing import Tracing, open_tracing
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline

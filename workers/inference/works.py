@@ -10,7 +10,7 @@ from typing import Literal, cast
 from workers.claims import ClaimedJob, Stop, StoppedError
 from workers.inference.scribe import Scribe
 from workers.jobs import CustomizeJob, CustomizeRecord, ImageArtifact, JobResult, Outcome, Progress
-from workers.tracing import JobTrace, Tracing
+from workers.telemetry.tracing import JobTrace, Tracing
 
 
 @dataclass(slots=True, eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from workers.claims import End
-from workers.metrics import counter, fresh_registry, gauge, histogram
+from workers.telemetry.metrics import counter, fresh_registry, gauge, histogram
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,10 +30,10 @@ from workers.caretaker import Claim
 from workers.claims import ClaimedJob, End, Stop, StoppedError
 from workers.jobs import TRAINING, JobError, TrainingJob, TrainingProgress, TrainingResult
 from workers.ledger import DamagedRecordError, TrainingLedger, open_ledger
-from workers.logs import configure_logging
 from workers.process import ConfigurationError, Station, WorkerProcess, find_url, refuse, run_delivered
 from workers.registry import Registry, RegistryError
 from workers.settings import TrainingSettings, describe_bad_settings
+from workers.telemetry.logs import configure_logging
 from workers.training.export import ExportError
 from workers.training.metrics import TrainingMetrics
 from workers.training.recipes import Recipe, RecipeError

@@ -19,13 +19,13 @@ from tests.workers.conftest import MakeJob
 from tests.workers.courier.hosts import Answer, Host, Seen, World, always, said
 from tests.workers.courier.receiver import verified
 from tests.workers.ledgers import RESULT
+from workers.books.values import Delivery
 from workers.courier.egress import Caps, Reply
 from workers.courier.signing import secrets_of
 from workers.courier.webhooks import RETRIES_S, Settlement, WebhookSender, message, settle
 from workers.courier.worker import Webhooks
 from workers.jobs import CUSTOMIZE, Webhook
 from workers.ledger import CustomizeLedger, Ledger
-from workers.ledger_values import Delivery
 
 URL = f"https://{PUBLIC_HOST}/hook?token=canary"
 SECRETS = ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_" + "A" * 43 + "="]

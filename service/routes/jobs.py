@@ -25,7 +25,7 @@ from service.submissions import Submitted, Terms, accepted, point_to, replayed
 from service.views import job_body, job_etag, model_body
 from workers import queues
 from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, JobResult, Progress
-from workers.tracing import traceparent_of
+from workers.telemetry.tracing import traceparent_of
 
 router = APIRouter(dependencies=[Depends(tenant_of)], responses=problems(401))
 open_router = APIRouter()

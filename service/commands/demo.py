@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from service.client import Job, Reference
-from service.samples import contact_sheet, sample
-from service.submit import SubmitError, service_at
+from service.commands.samples import contact_sheet, sample
+from service.commands.submit import SubmitError, service_at
 from workers.lifeline import die_with_parent
 
 PROMPT = "the star [ref#1] at the top left and the ring [ref#2] at the bottom right on grass"

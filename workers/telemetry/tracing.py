@@ -31,7 +31,7 @@ Attribute = str | int | float | bool
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _PHASES: Final = {"load": "prepare", "preprocess": "prepare", "encode": "prepare"}
-_LOG = structlog.stdlib.get_logger("workers.tracing")
+_LOG = structlog.stdlib.get_logger("workers.telemetry.tracing")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ Checks = Callable[[], Mapping[str, str]]
 """What is wrong at the moment, by the name of the check; empty: nothing."""
 
 _TIMEOUT_S: Final = 5.0
-_LOG = structlog.stdlib.get_logger("workers.exposition")
+_LOG = structlog.stdlib.get_logger("workers.telemetry.exposition")
 
 
 def open_exposition(

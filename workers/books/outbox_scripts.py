@@ -8,7 +8,7 @@ between the two loses it. Who takes an entry leases it; what is not settled by t
 
 from __future__ import annotations
 
-from workers.ledger_scripts import PRELUDE
+from workers.books.scripts import PRELUDE
 
 _TAKE = f"""{PRELUDE}
 local most, lease, taken = tonumber(ARGV[3]), tonumber(ARGV[4]), {{}}

@@ -10,10 +10,10 @@ from typing import Any, Final, Generic
 
 import redis
 
-from workers import outbox_scripts as scripts
+from workers.books import outbox_scripts as scripts
+from workers.books.scripts import RING_LEASE_S
+from workers.books.values import Delivery, text_of
 from workers.jobs import JobError, JobT, Kind, ProgressT, ResultT, encode
-from workers.ledger_scripts import RING_LEASE_S
-from workers.ledger_values import Delivery, text_of
 
 LEASE_S: Final = 60.0
 """Of fetches and webhooks."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from workers.books.scripts import TALLY_BOUNDS_S
+from workers.books.values import text_of
 from workers.jobs import JobStatus
 from workers.ledger import Ledger
-from workers.ledger_scripts import TALLY_BOUNDS_S
-from workers.ledger_values import text_of
 
 
 @dataclass(frozen=True, slots=True)
