@@ -116,6 +116,16 @@ class Pipeline:
     def spec(self) -> ModelSpec:
         return self.model.spec
 
+    @property
+    def num_lanes(self) -> int:
+        """Forwards side by side."""
+        return self._num_lanes
+
+    def settle_thread(self) -> None:
+        """For a thread that prepares or finishes beside the forwards: where lanes have a core each, it takes one too."""
+        if self._num_lanes > 1:
+            torch.set_num_threads(1)
+
     def describe(self) -> dict[str, str | int]:
         """What runs here, for `/v1/models` and the log."""
         parameter = next(self.model.transformer.parameters())

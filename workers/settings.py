@@ -13,8 +13,13 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from workers.planner import Budget
+
 SHIPPED_MODEL = str(files("model") / "tiny")
 """The small model that comes with the package."""
+_RUNS = 8
+_RUNS_OF_A_LANE = 2
+"""By default, where each lane has a core: a forward of more is no faster a picture, and who arrives waits for it."""
 
 
 def _split(value: object) -> object:
@@ -104,7 +109,8 @@ class WorkerSettings(QueueSettings):
         jobs_in_hand: jobs that are prepared, denoised or finished here at a time; the rest waits in Redis. With
             FLUX.1-dev each of their images takes some 40 MB of the device until it is done.
         forward_tokens: that a forward holds, text, target and references; beyond, a larger one is no faster a token.
-        forward_runs: pictures in a forward; who arrives waits for the one at hand.
+        forward_runs: pictures in a forward; who arrives waits for the one at hand. By default 8, and on a CPU two for
+            each core: there a larger one is no faster a picture.
         interactive_share: of the device, for interactive jobs while batch jobs wait too.
         grace_s: time to end what has begun when asked to leave; what is left is handed back.
         cache_mib: that prompts, prepared references and reference latents may each take; see `caches.Caches`.
@@ -125,11 +131,16 @@ class WorkerSettings(QueueSettings):
     stall_s: float = Field(default=600.0, gt=0)
     jobs_in_hand: int = Field(default=64, ge=1)
     forward_tokens: int = Field(default=8192, ge=1)
-    forward_runs: int = Field(default=8, ge=1)
+    forward_runs: int | None = Field(default=None, ge=1)
     interactive_share: float = Field(default=0.8, gt=0, lt=1)
     grace_s: float = Field(default=60.0, ge=0)
     cache_mib: int = Field(default=256, ge=0)
     adapter_mib: int = Field(default=2048, ge=0)
+
+    def budget(self, lanes: int) -> Budget:
+        """What a forward of a pipeline with so many lanes may hold."""
+        runs = self.forward_runs or (_RUNS if lanes == 1 else _RUNS_OF_A_LANE * lanes)
+        return Budget(self.forward_tokens, runs, self.interactive_share)
 
     @property
     def graph_root(self) -> Path:

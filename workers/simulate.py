@@ -25,7 +25,6 @@ from model.errors import WeightsError
 from workers.capacity.arrivals import Arrival, Load, TraceError, poisson, read_trace
 from workers.capacity.costs import Costs, CostsError, read_costs, write_costs
 from workers.capacity.fleet import Ended, Fleet, Outcome, simulate
-from workers.planner import Budget
 from workers.redis_process import RedisUnavailableError
 from workers.settings import WorkerSettings, describe_bad_settings
 from workers.telemetry.logs import configure_logging
@@ -167,9 +166,8 @@ def main(
         return
     try:
         settings = WorkerSettings()
-        budget = Budget(settings.forward_tokens, settings.forward_runs, settings.interactive_share)
-        fleet = Fleet(workers, settings.jobs_in_hand, budget)
         known = read_costs(costs)
+        fleet = Fleet(workers, settings.jobs_in_hand, settings.budget(known.hands))
         load = Load(rate, jobs, steps, tuple(references or (0, 1, 2)), side, tenants, batch_share)
         arrivals = poisson(load, known.layout, seed) if trace is None else read_trace(trace, known.layout)
         if target_p95 is None:

@@ -21,7 +21,6 @@ from workers.capacity.arrivals import Arrival, Load, poisson
 from workers.capacity.costs import Costs
 from workers.capacity.fleet import Fleet, simulate
 from workers.capacity.measuring import Bench, measure, opened
-from workers.planner import Budget
 from workers.settings import WorkerSettings
 from workers.telemetry.logs import configure_logging
 
@@ -66,8 +65,7 @@ def run(device: str, rounds: int) -> list[Figure]:
 
 def simulated(arrivals: Sequence[Arrival], costs: Costs, settings: WorkerSettings) -> list[float]:
     """Latencies of a trace with one worker, in seconds."""
-    budget = Budget(settings.forward_tokens, settings.forward_runs, settings.interactive_share)
-    outcome = simulate(arrivals, costs, Fleet(1, settings.jobs_in_hand, budget))
+    outcome = simulate(arrivals, costs, Fleet(1, settings.jobs_in_hand, settings.budget(costs.hands)))
     return [job.latency for job in outcome.jobs]
 
 

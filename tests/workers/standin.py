@@ -51,8 +51,9 @@ class Run:
 class StandinPipeline:
     """Pixels follow from prompt, seed, steps and references alone. `on_step` is called before each step."""
 
-    def __init__(self, on_step: Callable[[Run], None] | None = None) -> None:
+    def __init__(self, on_step: Callable[[Run], None] | None = None, num_lanes: int = 1) -> None:
         self.on_step = on_step
+        self.num_lanes = num_lanes
         self.requests: list[Any] = []
         self.warmed = False
         self.starts = 0
@@ -60,6 +61,9 @@ class StandinPipeline:
     @property
     def spec(self) -> ModelSpec:
         return flux_spec("standin", 16, version="v1.1", turbo=True)
+
+    def settle_thread(self) -> None:
+        """Nothing here depends on threads."""
 
     def describe(self) -> dict[str, str | int]:
         return {"device": "none", "dtype": "uint8"}

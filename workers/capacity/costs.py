@@ -81,6 +81,7 @@ class Costs:
         finish_s: of a picture: decode, encode, publish, commit.
         beat_s: between two forwards, for each of the jobs in the first one; real engines wait 50 ms at most.
         lanes: how many of preparation, forward and finishing run beside each other at full speed.
+        hands: jobs that are prepared at a time, and as many that are finished.
     """
 
     what: str
@@ -92,6 +93,7 @@ class Costs:
     finish_s: Seconds = 0.0
     beat_s: Seconds = 0.0
     lanes: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
+    hands: Annotated[int, Field(ge=1)] = 1
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 

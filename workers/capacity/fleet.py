@@ -2,8 +2,8 @@
 
     queue ─▶ intake (while there is room) ─▶ prepare ─▶ forward after forward ─▶ finish
 
-As in `workers.inference.runner`, a worker prepares and finishes one job at a time beside its forwards. Whether the
-three hold each other up is a question of the device: `Device` shares out as many lanes as there are.
+As in `workers.inference.runner`, a worker prepares and finishes as many jobs at a time as it has hands, beside its
+forwards. Whether they hold each other up is a question of the device: `Device` shares out as many lanes as there are.
 """
 
 from __future__ import annotations
@@ -175,6 +175,12 @@ class _Ticket:
     steps: int = 0
     room: Any = None
 
+    @property
+    def place(self) -> tuple[bool, int, int]:
+        """In the lines to be prepared and finished."""
+        arrival = self.arrival
+        return not arrival.interactive, arrival.tokens * arrival.steps * arrival.images, self.number
+
     def result(self) -> Ended:
         stepped = self.ended if self.stepped is None else self.stepped
         return Ended(self.arrival, self.worker, self.taken, stepped, self.ended, self.steps)
@@ -199,9 +205,10 @@ class _Worker:
         self._ended = ended
         self._device = Device(env, costs.lanes)
         self._room = simpy.Resource(env, fleet.jobs_in_hand)
-        self._to_prepare, self._to_finish = simpy.PriorityStore(env), simpy.Store(env)
+        self._to_prepare, self._to_finish = simpy.PriorityStore(env), simpy.PriorityStore(env)
         self._ready = _Waiting()
-        for process in (self._intake(), self._prepare(), self._engine(), self._finish()):
+        hands = [act() for _ in range(costs.hands) for act in (self._prepare, self._finish)]
+        for process in (self._intake(), self._engine(), *hands):
             env.process(process)
 
     def _intake(self) -> Process:
@@ -210,9 +217,7 @@ class _Worker:
             yield room
             ticket: _Ticket = yield self._queue.get()
             ticket.worker, ticket.taken, ticket.room = self._number, self._env.now, room
-            arrival = ticket.arrival
-            place = (not arrival.interactive, arrival.tokens * arrival.steps * arrival.images, ticket.number)
-            self._to_prepare.put(simpy.PriorityItem(place, ticket))
+            self._to_prepare.put(simpy.PriorityItem(ticket.place, ticket))
 
     def _prepare(self) -> Process:
         while True:
@@ -256,7 +261,8 @@ class _Worker:
                 if seat.steps:
                     seats[key] = seat
                 else:
-                    self._to_finish.put(tickets.pop(key))
+                    ticket = tickets.pop(key)
+                    self._to_finish.put(simpy.PriorityItem(ticket.place, ticket))
                     del seats[key]
             beats = len({seat.key.partition("/")[0] for seat in chosen})
             yield self._env.timeout(min(_HEARD_S, self._costs.beat_s * beats))
@@ -273,7 +279,8 @@ class _Worker:
 
     def _finish(self) -> Process:
         while True:
-            ticket: _Ticket = yield self._to_finish.get()
+            item: simpy.PriorityItem = yield self._to_finish.get()
+            ticket = cast("_Ticket", item.item)
             yield self._device.work(self._costs.finish_s)
             ticket.missing -= 1
             if not ticket.missing:

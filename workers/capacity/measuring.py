@@ -141,6 +141,7 @@ def measure(bench: Bench, rounds: int) -> Costs:
         ),
         **_around(starts, solos),
         lanes=min(2.0, max(1.0, statistics.median(lanes))),
+        hands=bench.pipeline.num_lanes,
     )
 
 

@@ -1,9 +1,9 @@
 """Customize jobs from claim to commit, many at once, on one hot pipeline.
 
     RQ's thread   delivery ─▶ claim, read
-    `prepare`     preprocess, encode, small jobs first ─▶ one run an image
+    `prepare`     preprocess, encode, small jobs first ─▶ one run an image; a thread for each lane
     `engine`      forward after forward, each over the runs that the planner chooses ─▶ runs that have ended
-    `finish`      decode, encode, publish ─▶ commit after a job's last image
+    `finish`      decode, encode, publish, small jobs first ─▶ commit after a job's last image; a thread for each lane
     `scribe`      beats: progress out, cancellation in
 
 Running is at-least-once, its effect exactly-once: all that leaves this file carries the claim's token. A job is ended
@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,15 +33,16 @@ from workers.failpoints import reach
 from workers.inference.caches import MIB, Caches
 from workers.inference.failures import job_error
 from workers.inference.finishing import Decoder, publish_image, seed_of, show_image, wants_preview
+from workers.inference.hands import Hands
 from workers.inference.metrics import InHand, WorkerMetrics
 from workers.inference.preparation import Encoder, prepare
 from workers.inference.scribe import Scribe
+from workers.inference.seats import Sizes, image_of, job_of, seat_of
 from workers.inference.turns import Turns
 from workers.inference.works import Work
 from workers.jobs import CUSTOMIZE
 from workers.ledger import CustomizeLedger
 from workers.pictures import PictureLimits
-from workers.planner import Budget, Seat
 from workers.references import Purges
 from workers.registry import Registry
 from workers.settings import WorkerSettings
@@ -60,14 +60,15 @@ _YIELD_S = 2.0
 """What was handed over is left to idle workers for so long."""
 
 
-class HotPipeline(Encoder, Decoder, Protocol):
+class HotPipeline(Encoder, Decoder, Sizes, Protocol):
     """`model.pipeline.Pipeline` as a worker drives it. What passes between its phases is its own affair."""
 
+    @property
+    def num_lanes(self) -> int: ...
     def describe(self) -> dict[str, str | int]: ...
     def warm(self) -> None: ...
+    def settle_thread(self) -> None: ...
     def start(self, encoded: EncodedRequest, seed: int) -> Any: ...
-    def group(self, run: Any) -> str: ...
-    def num_tokens(self, run: Any) -> int: ...
     def step(self, runs: Sequence[Any]) -> Sequence[Any]: ...
     def release_memory(self) -> None: ...
 
@@ -97,19 +98,22 @@ class JobRunner:
         self._purges = Purges(ledger.redis)
         self.broken = False
         """The device is lost: the process is to end."""
-        budget = Budget(settings.forward_tokens, settings.forward_runs, settings.interactive_share)
+        budget = settings.budget(pipeline.num_lanes)
         self._engine = Engine(pipeline, budget)
         self._works: dict[str, Work] = {}
-        self._turns = Turns(_PICTURES_AHEAD + settings.forward_runs)
+        self._turns = Turns(_PICTURES_AHEAD + budget.runs)
         self._ready: deque[tuple[Work, int, Any]] = deque()
         self._changed = threading.Condition()
         self._leaving = self._closed = False
         self._yields_until = 0.0
-        self._finishing = ThreadPoolExecutor(1, "finish")
+        self._finishing = Hands(pipeline.num_lanes, "finish", pipeline.settle_thread)
         self._scribe = Scribe(self.hear)
         self.metrics.watch(self._in_hand)
         self._threads = [
-            threading.Thread(target=self._prepare_jobs, name="prepare", daemon=True),
+            *(
+                threading.Thread(target=self._prepare_jobs, name="prepare", daemon=True)
+                for _ in range(pipeline.num_lanes)
+            ),
             threading.Thread(target=self._run, name="engine", daemon=True),
             self._scribe,
         ]
@@ -203,7 +207,7 @@ class JobRunner:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._finishing.shutdown(wait=not self.broken, cancel_futures=True)
+        self._finishing.close(wait=not self.broken)
         self._scribe.halt()
         for thread in self._threads:
             if not self.broken:
@@ -220,9 +224,10 @@ class JobRunner:
             self._turns.add(work)
             self._changed.notify_all()
 
-    # In the thread `prepare`.
+    # In the threads `prepare`.
 
     def _prepare_jobs(self) -> None:
+        self.pipeline.settle_thread()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self.broken or self._next_work())
@@ -280,7 +285,7 @@ class JobRunner:
             closed = self._closed
         for work, number, run in ready:
             if not work.ended:
-                self._engine.add(self._seat(work, number, run), run)
+                self._engine.add(seat_of(work, number, run, self.pipeline), run)
         for key in self._engine.running():
             work = self._works.get(job_of(key))
             if work is None or work.ended:
@@ -289,18 +294,6 @@ class JobRunner:
                 self._end_early(work, work.stop)
                 self._engine.drop(key)
         return not closed
-
-    def _seat(self, work: Work, number: int, run: Any) -> Seat:
-        return Seat(
-            key=f"{work.job.id}/{number}",
-            tokens=self.pipeline.num_tokens(run),
-            steps=run.num_steps - run.step,
-            waiting_since=time.monotonic(),
-            tenant=work.job.tenant,
-            interactive=work.job.priority == "interactive",
-            group=self.pipeline.group(run),
-            size=self.pipeline.num_tokens(run) * run.num_steps,
-        )
 
     def _account(self, forward: Forward) -> None:
         """Progress, images that have all their steps, and failures."""
@@ -316,16 +309,19 @@ class JobRunner:
             work = self._works.get(job_of(key))
             if work is None:
                 continue
+            act: Callable[[Work], None] | None = None
             if run.done:
-                self._finishing.submit(self._guarded, work, partial(self._finish, key=key, run=run))
+                act = partial(self._finish, key=key, run=run)
             elif wants_preview(work, image_of(key), run):
-                self._finishing.submit(self._guarded, work, partial(show_image, run=run, pipeline=self.pipeline))
+                act = partial(show_image, run=run, pipeline=self.pipeline)
+            if act is not None:
+                self._finishing.put(work.place, partial(self._guarded, work, act))
         for key, error in forward.failed.items():
             work = self._works.get(job_of(key))
             if work is not None:
                 self._fail(work, error)
 
-    # In the thread `finish`.
+    # In the threads `finish`.
 
     def _finish(self, work: Work, key: str, run: Any) -> None:
         """Decode and publish an image, and commit after the last one."""
@@ -381,13 +377,3 @@ class JobRunner:
             self.metrics.ended(end, work.seconds(), work.timings, len(work.images))
             _LOG.info("job ended", job_id=job_id, state=end, seconds=work.seconds())
         return end
-
-
-def image_of(key: str) -> int:
-    """The image's number of a seat's key."""
-    return int(key.rpartition("/")[2])
-
-
-def job_of(key: str) -> str:
-    """The job of a seat's key."""
-    return key.rpartition("/")[0]

@@ -13,6 +13,7 @@ still hand a caller's context on. Attributes say how much and how long: no promp
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ class JobTrace:
         self._job = self._phase = INVALID_SPAN
         self._name = ""
         self._ended = False
+        self._lock = threading.Lock()
 
     def begin(self, record: CustomizeRecord) -> None:
         """The job is claimed and read: how long it has waited is known."""
@@ -127,11 +129,12 @@ class JobTrace:
     def phase(self, phase: str) -> None:
         """The phase before ends, this one begins."""
         name = _PHASES.get(phase, phase)
-        if self._ended or name == self._name:
-            return
-        self._phase.end()
-        self._name = name
-        self._phase = self._tracer.start_span(name, trace.set_span_in_context(self._job, Context()))
+        with self._lock:
+            if self._ended or name == self._name:
+                return
+            self._phase.end()
+            self._name = name
+            self._phase = self._tracer.start_span(name, trace.set_span_in_context(self._job, Context()))
 
     def note(self, **attributes: Attribute) -> None:
         """Say something of the phase at hand."""
@@ -139,7 +142,8 @@ class JobTrace:
 
     def end(self, state: str) -> None:
         """The job has ended here."""
-        self._ended = True
+        with self._lock:
+            self._ended = True
         self._phase.end()
         self._job.set_attribute("dreamserve.state", state)
         self._job.end()

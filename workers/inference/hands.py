@@ -1,0 +1,54 @@
+"""Threads that take up whoever is first in line, not who came first."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Callable
+from itertools import count
+
+Place = tuple[bool, int, int]
+"""The smaller, the sooner; see `Work.place`."""
+
+
+class Hands:
+    """They live until `close`.
+
+    Args:
+        number: of threads. begin: called in each of them once.
+    """
+
+    def __init__(self, number: int, name: str, begin: Callable[[], None]) -> None:
+        self._begin = begin
+        self._line: list[tuple[Place, int, Callable[[], object]]] = []
+        self._arrivals = count()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(number)]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, place: Place, act: Callable[[], object]) -> None:
+        """Have something done, which raises nothing. Of equal places the one that came first is first."""
+        with self._changed:
+            heapq.heappush(self._line, (place, next(self._arrivals), act))
+            self._changed.notify()
+
+    def close(self, *, wait: bool) -> None:
+        """Forget what is in line; with `wait`, until what is being done is done."""
+        with self._changed:
+            self._closed = True
+            self._line.clear()
+            self._changed.notify_all()
+        for thread in self._threads if wait else ():
+            thread.join()
+
+    def _work(self) -> None:
+        self._begin()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._line or self._closed)
+                if self._closed:
+                    return
+                act = heapq.heappop(self._line)[2]
+            act()
