@@ -18,7 +18,9 @@ from rq import Queue, SimpleWorker
 from rq.exceptions import StopRequested
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.utils import now
 from rq.worker import WorkerStatus
+from rq.worker_registration import clean_worker_registry
 
 from workers import queues
 from workers.jobs import AnyKind
@@ -88,6 +90,16 @@ class DeliveryWorker(SimpleWorker):
             if self._room.wait_for_room(_WORKER_TTL_S / 8):
                 return
             super().heartbeat(timeout)
+
+    def clean_registries(self) -> None:
+        """RQ's upkeep: of names of workers that died only.
+
+        Nothing is in its registries. In deliveries that were popped and left it would note a failure, in a hash that
+        nobody removes, and take for left what a second worker pops a minute after the first: they are the caretaker's.
+        """
+        for queue in self.queues:
+            clean_worker_registry(queue)
+        self.last_cleaned_at = now()
 
     def reorder_queues(self, reference_queue: Queue) -> None:  # noqa: ARG002 - RQ's signature
         """RQ calls this right after a pop: what has been popped is not to be dropped on a stop."""

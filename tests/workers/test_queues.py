@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +202,20 @@ def test_a_full_worker_pops_nothing(client: redis.Redis) -> None:
     broken = DeliveryWorker(client, CUSTOMIZE, "w2", threading.Event(), Room(left=0, broken=True))
     with pytest.raises(StopRequested):
         broken.heartbeat()
+
+
+def test_rqs_upkeep_leaves_deliveries_alone(client: redis.Redis) -> None:
+    """What RQ saw popped over a minute ago, of whatever delivery, is not failed by it: its hash would stay for ever."""
+    queues.ring(client, CUSTOMIZE, "job_1")
+    worker = DeliveryWorker(client, CUSTOMIZE, "w", threading.Event(), Room())
+    assert worker.dequeue_job_and_maintain_ttl(1) is not None
+    popped = queues.queue(client, CUSTOMIZE).intermediate_queue
+    client.set(popped.get_first_seen_key("job_1"), time.time() - 61)
+    worker.clean_registries()
+    assert popped.get_job_ids() == ["job_1"]
+    assert client.hget("rq:job:job_1", "status") == b"queued"
+    SimpleWorker([queues.queue(client, CUSTOMIZE)], connection=client, serializer=JSONSerializer).clean_registries()
+    assert client.hget("rq:job:job_1", "status") == b"failed", "RQ's own worker, the control, fails it"
 
 
 def test_function_is_checked_again_when_it_is_looked_up(client: redis.Redis) -> None:
