@@ -90,15 +90,24 @@ class Engine:
         self._seats.pop(key, None)
         return self._runs.pop(key, None)
 
-    def forward(self) -> Forward:
+    @property
+    def usual_s(self) -> float:
+        """Seconds of a forward, on average over the last ones."""
+        return self._pace.usual_s
+
+    def forward(self, *, brief: bool = False) -> Forward:
         """Choose, and step once. Runs that have made their last step are taken out.
+
+        Args:
+            brief: somebody who goes before all that are here is about to come; see `planner.Budget.brief`.
 
         Raises:
             BrokenDeviceError: see there.
         """
         began = self._clock()
         budget = replace(self.budget, tokens=self._tokens, light_tokens=self._pace.light_tokens)
-        chosen = next_forward(list(self._seats.values()), budget, self._account, began)
+        wanted = budget.brief() if brief else budget
+        chosen = next_forward(list(self._seats.values()), wanted, self._account, began)
         moved, failed = self._step(sorted(chosen, key=lambda seat: seat.waiting_since))
         stepped = [seat for seat in chosen if seat.key in moved]
         self._account = self._account.charged(stepped, list(self._seats.values()), budget)

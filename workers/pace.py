@@ -30,6 +30,11 @@ class Pace:
         )
 
     @property
+    def usual_s(self) -> float:
+        """Seconds of a forward, on average; 0 before the first."""
+        return self.seconds / self.forwards if self.forwards else 0.0
+
+    @property
     def light_tokens(self) -> int:
         """Tokens at which a forward's own part of the time equals theirs: up to there, company costs little.
 

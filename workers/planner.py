@@ -86,6 +86,10 @@ class Budget:
     patience_s: float = 10.0
     light_tokens: int = 0
 
+    def brief(self) -> Budget:
+        """Of a forward that is to be over soon: one run, and company that costs it little."""
+        return replace(self, tokens=min(self.tokens, max(1, self.light_tokens)))
+
     def weight(self, *, interactive: bool) -> float:
         """The share of a class."""
         return max(self.interactive_share if interactive else 1 - self.interactive_share, 1e-6)

@@ -134,6 +134,15 @@ def test_a_dropped_run_steps_no_more() -> None:
     assert device.forwards == [("stays", "goes"), ("stays",), ("stays",)]
 
 
+def test_a_brief_forward_is_the_first_run_alone_until_company_is_known_to_cost_little() -> None:
+    """While somebody is awaited one run steps, the one that would be first; without one awaited all step."""
+    device = Device()
+    engine = engine_of(device, [Count("a", 3), Count("b", 3), Count("c", 4)], Budget(1000, 8))
+    engine.forward(brief=True)
+    engine.forward()
+    assert [sorted(forward) for forward in device.forwards] == [["a"], ["a", "b", "c"]]
+
+
 def test_a_lost_device_ends_the_engine() -> None:
     """CUDA errors stay in a process: no run is blamed for them. Want of memory is not one of them."""
     lost = RuntimeError("CUDA error: an illegal memory access was encountered")

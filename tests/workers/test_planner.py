@@ -167,6 +167,13 @@ def test_large_runs_do_not_hold_up_a_small_one() -> None:
     assert company_of_the_short(Budget(8000, 16, light_tokens=10**6)) == {8}
 
 
+def test_a_brief_forward_takes_company_that_costs_little() -> None:
+    """Up to the light size and never more than the budget; at least one run goes, however large."""
+    runs = [Seat(str(number), 100, 4, 0.0) for number in range(6)]
+    for light, budget, chosen in ((0, 600, 1), (99, 600, 1), (300, 600, 3), (10**6, 400, 4), (10**6, 50, 1)):
+        assert len(next_forward(runs, Budget(budget, 8, light_tokens=light).brief(), Account(), 0.0)) == chosen
+
+
 def test_runs_of_a_kind_share_forwards() -> None:
     """Equal runs that arrived one after the other are all in each forward, though the first has least left."""
     seats = [Seat(str(steps), 500, steps, 0.0, size=500 * 12) for steps in range(5, 13)]

@@ -8,7 +8,7 @@ forwards. Whether they hold each other up is a question of the device: `Device` 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -161,7 +161,7 @@ class Device:
             self._look_ahead()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Ticket:
     """A job on its way. `missing`: pictures."""
 
@@ -207,6 +207,7 @@ class _Worker:
         self._room = simpy.Resource(env, fleet.jobs_in_hand)
         self._to_prepare, self._to_finish = simpy.PriorityStore(env), simpy.PriorityStore(env)
         self._ready = _Waiting()
+        self._coming: dict[_Ticket, float] = {}
         hands = [act() for _ in range(costs.hands) for act in (self._prepare, self._finish)]
         for process in (self._intake(), self._engine(), *hands):
             env.process(process)
@@ -224,7 +225,9 @@ class _Worker:
             item: simpy.PriorityItem = yield self._to_prepare.get()
             ticket = cast("_Ticket", item.item)
             arrival = ticket.arrival
+            self._coming[ticket] = self._env.now
             yield self._device.work(self._costs.prepare(arrival.references))
+            del self._coming[ticket]
             for image in range(arrival.images):
                 seat = Seat(
                     f"{ticket.number:08d}/{image}",
@@ -252,6 +255,8 @@ class _Worker:
                 seats[seat.key], tickets[seat.key] = seat, ticket
             self._ready.seats.clear()
             budget = replace(self._budget, light_tokens=pace.light_tokens)
+            if self._somebody_is_coming(tickets.values(), self._env.now - 2 * pace.usual_s):
+                budget = budget.brief()
             chosen, began = next_forward(list(seats.values()), budget, account, self._env.now), self._env.now
             yield from self._forward(chosen, tickets)
             pace = pace.after(sum(seat.tokens for seat in chosen), self._env.now - began)
@@ -266,6 +271,11 @@ class _Worker:
                     del seats[key]
             beats = len({seat.key.partition("/")[0] for seat in chosen})
             yield self._env.timeout(min(_HEARD_S, self._costs.beat_s * beats))
+
+    def _somebody_is_coming(self, present: Iterable[_Ticket], since: float) -> bool:
+        """See `workers.inference.runner`."""
+        first = min(ticket.place for ticket in present)
+        return any(ticket.place < first and begun > since for ticket, begun in self._coming.items())
 
     def _forward(self, chosen: Sequence[Seat], tickets: dict[str, _Ticket]) -> Process:
         began = self._env.now

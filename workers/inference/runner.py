@@ -255,6 +255,7 @@ class JobRunner:
         for number in range(job.num_images):
             run = self.pipeline.start(prepared.encoded, seed_of(work, number))
             with self._changed:
+                work.ready = True
                 self._ready.append((work, number, run))
                 self._changed.notify_all()
 
@@ -263,7 +264,7 @@ class JobRunner:
     def _run(self) -> None:
         try:
             while self._wait_for_runs():
-                self._account(self._engine.forward())
+                self._account(self._engine.forward(brief=self._somebody_is_coming()))
                 self._scribe.settle(_HEARD_S)
         except BrokenDeviceError as error:
             _LOG.critical("the device is lost: this worker ends", exception=str(error))
@@ -294,6 +295,17 @@ class JobRunner:
                 self._end_early(work, work.stop)
                 self._engine.drop(key)
         return not closed
+
+    def _somebody_is_coming(self) -> bool:
+        """Whether a job that goes before all in the engine is being prepared, and not for longer than waiting pays.
+
+        A long forward would hold it up as it begins; while it is awaited short ones do, and waste little.
+        """
+        works = list(self._works.values())
+        first = min((work.place for work in works if work.ready), default=None)
+        since = time.monotonic() - 2 * self._engine.usual_s
+        coming = (work for work in works if work.at_work and not work.ready and not work.ended)
+        return first is not None and any(work.place < first and work.turn_at > since for work in coming)
 
     def _account(self, forward: Forward) -> None:
         """Progress, images that have all their steps, and failures."""

@@ -11,6 +11,7 @@ death is not there at the second, and nobody at the third.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import count
 
@@ -49,6 +50,7 @@ class Turns:
         """It has its turn."""
         self._waiting.remove(work)
         work.at_work = True
+        work.turn_at = time.monotonic()
 
 
 def fits(work: Work, at_work: Sequence[Work]) -> bool:

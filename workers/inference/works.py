@@ -22,6 +22,7 @@ class Work:
         stopped: why it is not to go on, once that has been heard.
         number: in the order of arrival.
         at_work: it has had its turn to be prepared; see `turns`.
+        turn_at: monotonic second of that. ready: it is prepared.
         suspect: it has lost a worker. alone: it has no attempt left to lose.
         ended: its end is taken; nothing is to be done for it any more.
     """
@@ -36,6 +37,8 @@ class Work:
     stopped: Stop | None = None
     ended: bool = False
     at_work: bool = False
+    turn_at: float = 0.0
+    ready: bool = False
     suspect: bool = False
     alone: bool = False
     steps: int = 0

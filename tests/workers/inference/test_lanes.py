@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,14 @@ class Held(StandinPipeline):
         self.prepare, self.decoding = threading.Event(), threading.Event()
         self.settled: list[str] = []
         self.begun: list[int] = []
+        self.slow: list[str] = []
 
     def settle_thread(self) -> None:
         self.settled.append(threading.current_thread().name)
 
     def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:
         if "slow" in prompt:
+            self.slow.append(prompt)
             assert self.prepare.wait(60)
         return super().encode_prompt(prompt, adaptation)
 
@@ -99,6 +103,40 @@ def test_images_of_one_job_finished_at_once_end_it_once(make_runner: Make, make_
         record = runner.ledger.get(f"job_{number}")
         assert record is not None and record.result is not None
         assert len(record.result.images) == 4 and record.attempt == 1
+
+
+def test_forwards_are_brief_while_a_smaller_job_is_prepared(make_runner: Make, make_job: MakeJob) -> None:
+    """Two large jobs step together while a larger one is being prepared, and one at a time while a smaller one is."""
+    company: list[int] = []
+    hold, coming = threading.Event(), threading.Event()
+
+    class Watched(Held):
+        def step(self, runs: Sequence[Any]) -> Sequence[Any]:
+            company.append(len(runs))
+            if len(company) == 1:
+                assert hold.wait(60)  # a long one: what follows is brief for twice its time
+            if len(company) == 2:
+                assert coming.wait(60)
+            return super().step(runs)
+
+    pipeline = Watched(num_lanes=2)
+    pipeline.decoding.set()
+    runner = make_runner(pipeline)
+    for name, prompt, steps in (("job_1", "quick", 12), ("job_2", "quick", 12), ("job_3", "slow", 24)):
+        runner.ledger.accept(make_job(name, prompt=prompt, steps=steps))
+        runner.run(name)
+    wait_for(lambda: pipeline.starts == 2 and len(pipeline.slow) == 1, "two runs and the larger one's preparation")
+    time.sleep(0.5)
+    hold.set()
+    wait_for(lambda: len(company) == 2, "the next forward")
+    runner.ledger.accept(make_job("job_4", prompt="slow too", steps=2))
+    runner.run("job_4")
+    wait_for(lambda: len(pipeline.slow) == 2, "its preparation")
+    coming.set()
+    wait_for(lambda: len(runner.claims) == 2, "the large ones' ends")
+    pipeline.prepare.set()
+    assert runner.wait(60)
+    assert company[1:3] == [2, 1]
 
 
 def test_each_thread_beside_the_forwards_is_told_of_its_core(make_runner: Make) -> None:
