@@ -8,6 +8,7 @@ What kind of jobs it runs is the runner's affair.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -116,7 +117,8 @@ class WorkerProcess:
         self.station = station
         self.settings = settings
         self.registry = registry
-        self.name = f"{socket.gethostname()}.{os.getpid()}"
+        # A container that starts again has host name and process number as before: RQ would take it for the old one.
+        self.name = f"{socket.gethostname()}.{secrets.token_hex(3)}.{os.getpid()}"
         self.stop = threading.Event()
         self.card: dict[str, Any] = {"pid": os.getpid(), **card}
         self.runner: Runner | None = None

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Crew:
     def log(self) -> str:
         return (self.home / "workers.log").read_text()
 
-    def spawn(self, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+    def spawn(self, *arguments: str, before: Sequence[str] = (), **variables: str) -> subprocess.Popen[bytes]:
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("DREAMSERVE_")},
             "DREAMSERVE_STATE_DIR": str(self.home),
@@ -56,9 +56,8 @@ class Crew:
             **variables,
         }
         with (self.home / "workers.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.workers.standin", *arguments], env=environment, stderr=log
-            )
+            command = [*before, sys.executable, "-m", "tests.workers.standin", *arguments]
+            process = subprocess.Popen(command, env=environment, stderr=log)
         self.processes.append(process)
         return process
 
@@ -223,6 +222,27 @@ def test_killed_worker(crew: Crew, make_job: MakeJob) -> None:
     assert time.monotonic() - died < LEASE_S + 3.0
     crew.check_pictures(record)
     assert record.attempt == 2
+
+
+OWN_PIDS = ("unshare", "--pid", "--fork", "--kill-child=KILL")
+
+
+def test_a_restarted_container_works_at_once(server: RedisProcess, tmp_path: Path, make_job: MakeJob) -> None:
+    """A container that is killed comes back with its host name and its process number, 1. RQ still knows the worker of
+    that name as alive, and would refuse another: names are new at every start."""
+    if subprocess.run([*OWN_PIDS, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no process numbers of one's own to be had here")
+    crew = Crew(tmp_path, server)
+    crew.client.flushall()
+    for _ in ("begun", "begun again"):
+        process = crew.spawn(before=OWN_PIDS, DREAMSERVE_REDIS_URL=server.url)
+        try:
+            wait_for(lambda: any(card["pid"] == 1 and card["state"] == "ready" for card in crew.cards()), "its card")
+            crew.check_pictures(crew.ended(crew.submit(make_job)))
+            assert process.poll() is None
+        finally:
+            process.kill()
+            process.wait()
 
 
 def test_sigterm_ends_the_running_job_first(crew: Crew, make_job: MakeJob) -> None:
