@@ -61,8 +61,7 @@ bench: $(VENV)/dev.stamp ## measure; rows go to tests/benchmarks/results
 # The lock's part for deploy/gpu.txt, with its hashes, in wheels for Python 3.12 on Linux.
 wheels: $(VENV)/run.stamp ## fetch what a machine with CUDA, Python 3.12 and no network lacks (deploy/gpu.txt)
 	mkdir -p wheels
-	awk 'NR == FNR { split($$1, n, /[=<>]/); wanted[n[1]]; next } /^[a-z]/ { split($$1, n, "=="); on = n[1] in wanted } on' \
-		deploy/gpu.txt requirements-dev.lock > wheels/lock.txt
+	deploy/lock-part.sh requirements-dev.lock deploy/gpu.txt > wheels/lock.txt
 	$(BIN)/python -m pip download --quiet --require-hashes --no-deps --only-binary :all: --python-version 3.12 \
 		--implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 		--platform manylinux2014_x86_64 --dest wheels -r wheels/lock.txt
