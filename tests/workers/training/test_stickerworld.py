@@ -193,6 +193,25 @@ def test_the_prompt_says_which_reference_goes_where(task: str, split: str) -> No
             assert named.side(size) == part.side
 
 
+def test_a_share_of_the_records_names_sizes() -> None:
+    """`sized` on the nine places, `loose` placed freely too, in the shares that are asked for."""
+    world = only("multi_subject", loose=0.3, sized=0.5)
+    truths = scenes(world, 400)
+    named = [truth for truth in truths if described_places(truth.prompt, truth.parts[0].slot)[0]]
+    plain = [truth for truth in truths if truth not in named]
+    assert 0.58 < len(named) / len(truths) < 0.72
+    for truth in named:
+        assert all(part.side == world.side(described_places(truth.prompt, part.slot)[0]) for part in truth.parts)
+    assert all(part.side == world.reference_size for truth in plain for part in truth.parts)
+    stands = {
+        size: {
+            (part.box.top, part.box.left) for truth in scenes(only("multi_subject", **how), 200) for part in truth.parts
+        }
+        for size, how in {"sized": {"sized": 1.0}, "loose": {"loose": 1.0}}.items()
+    }
+    assert len(stands["sized"]) <= 2 * 9 + 4 < len(stands["loose"]), "two sizes on nine places, or a fallback's corners"
+
+
 def test_columns_are_named_from_left_to_right() -> None:
     """`the left is …` speaks of what stands in the left half, on the background of the left half."""
     for truth in scenes(only("two_column"), 80):

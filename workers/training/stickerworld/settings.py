@@ -42,6 +42,7 @@ class Settings:
         unnamed: share of text-to-image records that leave the stickers' looks open; nothing but their place can be
             judged then.
         loose: share of the records that are placed freely and name their sizes, whatever `placement` and `sizes` say.
+        sized: share of the others that name their sizes, whatever `sizes` says.
     """
 
     size: int = 72
@@ -57,6 +58,7 @@ class Settings:
     shape_words: float = 0.0
     unnamed: float = 0.0
     loose: float = 0.0
+    sized: float = 0.0
 
     def __post_init__(self) -> None:
         if self.reference_size < 12 or 3 * self.reference_size > self.size:
@@ -65,7 +67,7 @@ class Settings:
             raise ValueError(f"style_size {self.style_size} must be 36 to size {self.size}")
         if self.max_subjects not in (2, 3):
             raise ValueError("max_subjects must be 2 or 3")
-        for name in ("plain", "same_shape", "shape_words", "unnamed", "loose"):
+        for name in ("plain", "same_shape", "shape_words", "unnamed", "loose", "sized"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1]")
         if not self.mixture or any(not weight >= 0 for _, weight in self.mixture):

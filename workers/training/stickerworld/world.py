@@ -28,6 +28,8 @@ def scene(seed: int, index: int, settings: Settings) -> Scene:
     draws = Draws(seed, index)
     if settings.loose and draws.chance(settings.loose):
         settings = replace(settings, placement="free", sizes="named")
+    elif settings.sized and draws.chance(settings.sized):
+        settings = replace(settings, sizes="named")
     task = draws.weighted(settings.mixture)
     if task not in TASKS:
         raise ValueError(f"StickerWorld has no task {task!r}; it has {', '.join(TASKS)}")
