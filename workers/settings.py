@@ -173,8 +173,8 @@ class CourierSettings(QueueSettings):
 
     Attributes:
         egress_authorities: a PEM file of certificate authorities to trust beside the system's.
-        fetches_in_hand: jobs whose references are fetched at a time.
-        webhooks_in_hand: messages on their way at a time.
+        fetches_in_hand: jobs whose references are fetched at a time, at most half of them of one tenant.
+        webhooks_in_hand: messages on their way at a time, at most half of them of one tenant.
     """
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -26,7 +26,7 @@ from workers.ledger import CustomizeLedger
 _OVERDUE_S = 5.0
 """A fault that has not happened by then is made to happen from outside."""
 _TICK_S = 0.01
-_BOXES = ("calling", "to_ring", "fetches", "deadlines")
+_BOXES = ("calling", "to_ring", "turns:fetches", "deadlines")
 
 
 @dataclass(frozen=True, slots=True)

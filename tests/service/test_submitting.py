@@ -260,5 +260,5 @@ def test_a_picture_by_url_is_fetched_before_the_job_is_rung_for(bench: Bench) ->
     assert body["request"]["references"][0]["url"] == url
     assert body["request"]["references"][0]["sha256"] is None
     assert body["request"]["previews"] == 3
-    assert [job for job, _ in bench.ledger.due_fetches(10)] == [body["id"]]
+    assert [fetch.job_id for fetch in bench.ledger.due_fetches(10)] == [body["id"]]
     assert Queue("customize", connection=bench.redis).get_job_ids() == []

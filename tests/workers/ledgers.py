@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.workers.conftest import MakeJob
 from workers.jobs import CUSTOMIZE, CustomizeRecord, ImageArtifact, JobError, JobResult, Progress
 from workers.ledger import CustomizeLedger, Ledger
@@ -28,3 +30,19 @@ def record(ledger: CustomizeLedger, job_id: str = "job_1") -> CustomizeRecord:
     found = ledger.get(job_id)
     assert found is not None
     return found
+
+
+def boxed(ledger: Ledger[Any, Any, Any], box: str) -> dict[str, dict[str, float]]:
+    """What lies in an outbox: by tenant, each entry and the second from which it may be taken."""
+    turns: Any = ledger.redis.zrange(f"{ledger.root}turns:{box}", 0, -1)
+    keys = {tenant.decode(): f"{ledger.root}{box}:{tenant.decode()}" for tenant in turns}
+    lines: dict[str, Any] = {tenant: ledger.redis.zrange(key, 0, -1, withscores=True) for tenant, key in keys.items()}
+    assert {key.decode() for key in ledger.redis.scan_iter(f"{ledger.root}{box}:*")} == {*keys.values()}
+    return {tenant: {entry.decode(): due for entry, due in line} for tenant, line in lines.items()}
+
+
+def make_due(ledger: Ledger[Any, Any, Any], box: str) -> None:
+    """The leases of all that is in an outbox are over."""
+    for tenant, line in boxed(ledger, box).items():
+        ledger.redis.zadd(f"{ledger.root}{box}:{tenant}", dict.fromkeys(line, 0))
+        ledger.redis.zadd(f"{ledger.root}turns:{box}", {tenant: 0})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from model.roles import Role
 from tests.workers.conftest import MakeJob
-from tests.workers.ledgers import ERROR, RESULT, STEP, record
+from tests.workers.ledgers import ERROR, RESULT, STEP, boxed, make_due, record
 from workers.jobs import CUSTOMIZE, CustomizeJob, JobStatus, ReferenceInput, Webhook
 from workers.ledger import Ledger
 
@@ -152,9 +152,10 @@ class Machine:
     def fetch(self, job_id: str, choice: int, flavour: int) -> None:  # noqa: ARG002
         """All fetches become due, as if those who had taken them were lost."""
         fetching = [job for job in self.model.open() if job.place == "fetching"]
-        if fetching:
-            self.client.zadd(f"{CUSTOMIZE.root}fetches", {job.job.id: 0 for job in fetching})
-        taken = dict(self.ledger.due_fetches())
+        entries = {entry for line in boxed(self.ledger, "fetches").values() for entry in line}
+        assert entries == {job.job.id for job in fetching}
+        make_due(self.ledger, "fetches")
+        taken = {fetch.job_id: fetch.token for fetch in self.ledger.due_fetches()}
         for job in fetching:
             job.fetches += 1
             if job.fetches > 3:
@@ -295,7 +296,7 @@ class Machine:
             expected = [] if job.deleted else [(job.story.index(job.story[n - 1]) + 1, kind) for n, kind in job.untold]
             assert sorted(told.get(job.job.id, [])) == sorted(expected)
             job.untold.clear()
-        assert self.client.zcard(f"{CUSTOMIZE.root}webhooks") == 0
+        assert boxed(self.ledger, "webhooks") == {}
 
     def tells_the_same_story(self) -> None:
         """Records, events and tombstones agree with the model; no job has ended twice."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import redis
 
 from model.roles import Role
 from tests.workers.conftest import MakeJob
-from tests.workers.ledgers import ERROR, RESULT, STEP, record, running
+from tests.workers.ledgers import ERROR, RESULT, STEP, boxed, make_due, record, running
 from workers import queues
 from workers.caretaker import Caretaker
 from workers.jobs import CUSTOMIZE, CustomizeJob, JobStatus, ReferenceInput, Webhook
@@ -25,11 +26,10 @@ def ledger(client: redis.Redis) -> CustomizeLedger:
     return Ledger(client, CUSTOMIZE, tenant_window=1, lease_s=30.0)
 
 
-def lapse(ledger: CustomizeLedger, box: str) -> None:
-    """The leases of all that is in an outbox are over."""
-    ids = ledger.redis.zrange(f"{CUSTOMIZE.root}{box}", 0, -1)
-    if ids:
-        ledger.redis.zadd(f"{CUSTOMIZE.root}{box}", dict.fromkeys(ids, 0))  # pyright: ignore[reportArgumentType, reportCallIssue]  # sync client
+def lapse_rings(ledger: CustomizeLedger) -> None:
+    """Who was to ring has not done so in time."""
+    ids: Any = ledger.redis.zrange(f"{CUSTOMIZE.root}to_ring", 0, -1)
+    ledger.redis.zadd(f"{CUSTOMIZE.root}to_ring", dict.fromkeys(ids, 0))
 
 
 def go_round(ledger: CustomizeLedger) -> None:
@@ -52,7 +52,7 @@ def test_a_gateway_that_dies_after_accepting(ledger: CustomizeLedger, make_job: 
         queues.ring(ledger.redis, CUSTOMIZE, "job_1")
     go_round(ledger)
     assert deliveries(ledger) == (["job_1"] if rang else []), "the gateway still has its time"
-    lapse(ledger, "to_ring")
+    lapse_rings(ledger)
     go_round(ledger)
     go_round(ledger)
     assert deliveries(ledger) == ["job_1"]
@@ -76,7 +76,7 @@ def test_whoever_took_the_bell_and_died(ledger: CustomizeLedger, make_job: MakeJ
     ledger.commit("job_1", token, RESULT)
     assert ledger.to_ring() == ["job_2"]
     assert ledger.to_ring() == []
-    lapse(ledger, "to_ring")
+    lapse_rings(ledger)
     assert ledger.to_ring() == ["job_2"]
 
 
@@ -96,7 +96,7 @@ def test_a_webhook_is_told_until_it_is_settled(ledger: CustomizeLedger, make_job
     assert json.loads(first.data) == {"status": "canceled", "attempt": 1}
     assert first.id.startswith("msg_")
     assert ledger.due_webhooks() == [], "it is leased"
-    lapse(ledger, "webhooks")
+    make_due(ledger, "webhooks")
     assert ledger.due_webhooks() == [replace(first, attempt=2)], "that courier was lost"
     ledger.webhook_retry(first.id, 3600.0)
     assert ledger.due_webhooks() == []
@@ -104,7 +104,7 @@ def test_a_webhook_is_told_until_it_is_settled(ledger: CustomizeLedger, make_job
     assert ledger.due_webhooks() == [replace(first, attempt=3)]
     ledger.webhook_done(first.id)
     ledger.webhook_retry(first.id, 0.0)  # of a courier that was thought lost
-    lapse(ledger, "webhooks")
+    make_due(ledger, "webhooks")
     assert ledger.due_webhooks() == []
 
 
@@ -130,7 +130,7 @@ def test_every_change_if_asked_for(ledger: CustomizeLedger, make_job: MakeJob) -
     assert [one.event for one in told] == ["status"] * 4 + ["terminal"]
     assert len({one.id for one in told}) == 5
     ledger.webhook_dead(told[0].id)
-    lapse(ledger, "webhooks")
+    make_due(ledger, "webhooks")
     assert len(ledger.due_webhooks()) == 4
 
 
@@ -140,7 +140,7 @@ def test_of_a_deleted_job_nothing_is_told(ledger: CustomizeLedger, make_job: Mak
     ledger.cancel("job_1")
     ledger.delete("job_1")
     assert ledger.due_webhooks() == []
-    assert ledger.redis.zcard(f"{CUSTOMIZE.root}webhooks") == 0
+    assert boxed(ledger, "webhooks") == {}
 
 
 def unfetched(make_job: MakeJob, job_id: str = "job_1") -> CustomizeJob:
@@ -159,15 +159,15 @@ def test_a_job_waits_for_its_references(ledger: CustomizeLedger, make_job: MakeJ
         ledger.accept(make_job(job_id))
     assert record(ledger).status is JobStatus.QUEUED
     assert ledger.claim("job_1", "w") is None
-    ((_, token),) = ledger.due_fetches()
+    (fetch,) = ledger.due_fetches()
     assert ledger.due_fetches() == [], "it is leased"
-    assert ledger.resolve("job_1", token, fetched(job)) and ledger.resolve("job_1", token, fetched(job))
+    assert ledger.resolve("job_1", fetch.token, fetched(job)) and ledger.resolve("job_1", fetch.token, fetched(job))
     assert record(ledger).job == fetched(job)
     assert ledger.waiting(0.0) == ["job_2"], "the window is full"
     ledger.cancel("job_2")
     assert ledger.waiting(0.0) == ["job_1"], "it was accepted before the third"
     assert ledger.claim("job_1", "w") is not None
-    assert ledger.resolve("job_1", token, fetched(job)), "a courier's reply may have been lost for long"
+    assert ledger.resolve("job_1", fetch.token, fetched(job)), "a courier's reply may have been lost for long"
     assert ledger.position("job_3") == 0, "it did not enter the line again"
 
 
@@ -175,8 +175,8 @@ def test_a_fetched_job_is_called_for(ledger: CustomizeLedger, make_job: MakeJob)
     """With room in its tenant's window it enters at once, and a caretaker rings for it."""
     job = unfetched(make_job)
     ledger.accept(job)
-    ((_, token),) = ledger.due_fetches()
-    assert ledger.resolve("job_1", token, fetched(job))
+    (fetch,) = ledger.due_fetches()
+    assert ledger.resolve("job_1", fetch.token, fetched(job))
     go_round(ledger)
     assert deliveries(ledger) == ["job_1"]
 
@@ -185,18 +185,18 @@ def test_one_courier_at_a_time(ledger: CustomizeLedger, make_job: MakeJob) -> No
     """A courier that was lost and comes back changes nothing; what all couriers are lost over fails."""
     job = unfetched(make_job)
     ledger.accept(job)
-    ((_, old),) = ledger.due_fetches()
-    lapse(ledger, "fetches")
-    ((_, new),) = ledger.due_fetches()
-    assert not ledger.resolve("job_1", old, fetched(job)) and not ledger.fail_fetch("job_1", old, ERROR)
-    assert ledger.fail_fetch("job_1", new, ERROR) and ledger.fail_fetch("job_1", new, ERROR)
+    (old,) = ledger.due_fetches()
+    make_due(ledger, "fetches")
+    (new,) = ledger.due_fetches()
+    assert not ledger.resolve("job_1", old.token, fetched(job)) and not ledger.fail_fetch("job_1", old.token, ERROR)
+    assert ledger.fail_fetch("job_1", new.token, ERROR) and ledger.fail_fetch("job_1", new.token, ERROR)
     assert (record(ledger).status, record(ledger).error) == (JobStatus.FAILED, ERROR)
-    assert not ledger.resolve("job_1", new, fetched(job))
+    assert not ledger.resolve("job_1", new.token, fetched(job))
 
     ledger.accept(unfetched(make_job, "job_2"))
     for _ in range(3):
         assert len(ledger.due_fetches()) == 1
-        lapse(ledger, "fetches")
+        make_due(ledger, "fetches")
     assert ledger.due_fetches() == []
     error = record(ledger, "job_2").error
     assert error is not None and error.code == "worker_lost"
@@ -206,9 +206,9 @@ def test_a_canceled_job_is_not_fetched(ledger: CustomizeLedger, make_job: MakeJo
     """Nor does it come back to life when its references arrive."""
     job = unfetched(make_job)
     ledger.accept(job)
-    ((_, token),) = ledger.due_fetches()
+    (fetch,) = ledger.due_fetches()
     ledger.cancel("job_1")
-    assert not ledger.resolve("job_1", token, fetched(job))
-    lapse(ledger, "fetches")
+    assert not ledger.resolve("job_1", fetch.token, fetched(job))
+    make_due(ledger, "fetches")
     assert ledger.due_fetches() == []
     assert record(ledger).status is JobStatus.CANCELED

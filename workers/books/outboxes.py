@@ -6,17 +6,23 @@ message carries the same id, and only one token resolves a job.
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final, Generic
 
 import redis
 
 from workers.books import outbox_scripts as scripts
 from workers.books.scripts import RING_LEASE_S
-from workers.books.values import Delivery, text_of
+from workers.books.values import Delivery, Fetch, text_of
 from workers.jobs import JobError, JobT, Kind, ProgressT, ResultT, encode
 
 LEASE_S: Final = 60.0
 """Of fetches and webhooks."""
+
+NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
 
 WORKER_LOST: Final = JobError(
     "worker_lost", "Each worker that took this job was lost before it ended: submit it again.", retryable=True
@@ -58,9 +64,18 @@ class Outboxes(Generic[JobT, ProgressT, ResultT]):
         if job_ids:
             self.redis.zrem(f"{self.root}to_ring", *job_ids)
 
-    def due_webhooks(self, limit: int = 16) -> list[Delivery]:
-        """Messages to be sent now; yours for a minute. Settle each by `webhook_done`, `_retry` or `_dead`."""
-        return [Delivery.of(entry) for entry in self._call(self._webhooks, limit, LEASE_S)]
+    def due_webhooks(
+        self, limit: int = 16, part: int = sys.maxsize, held: Mapping[str, int] = NOTHING
+    ) -> list[Delivery]:
+        """Messages to be sent now; yours for a minute. Settle each by `webhook_done`, `_retry` or `_dead`.
+
+        The tenants take turns, who was served longest ago first.
+
+        Args:
+            part: how many of one tenant the caller has room for, with those that he has already.
+            held: those, by tenant.
+        """
+        return [Delivery.of(entry) for entry in self._call(self._webhooks, limit, LEASE_S, part, json.dumps({**held}))]
 
     def webhook_done(self, delivery_id: str) -> None:
         """The message was taken."""
@@ -74,13 +89,13 @@ class Outboxes(Generic[JobT, ProgressT, ResultT]):
         """The message is not to be sent any more."""
         self._call(self._settle_webhook, delivery_id)
 
-    def due_fetches(self, limit: int = 16) -> list[tuple[str, int]]:
-        """Jobs with references to be fetched now, and a token for each; yours for a minute.
+    def due_fetches(self, limit: int = 16, part: int = sys.maxsize, held: Mapping[str, int] = NOTHING) -> list[Fetch]:
+        """Jobs with references to be fetched now, and a token for each; yours for a minute. Arguments: `due_webhooks`.
 
         One that was taken `max_attempts` times without an answer fails with `worker_lost`.
         """
-        taken: Any = self._call(self._fetches, limit, LEASE_S, self.max_attempts, encode(WORKER_LOST))
-        return [(text_of(job_id), int(token)) for job_id, token in taken]
+        terms = (limit, LEASE_S, part, json.dumps({**held}), self.max_attempts, encode(WORKER_LOST))
+        return [Fetch.of(entry) for entry in self._call(self._fetches, *terms)]
 
     def resolve(self, job_id: str, token: int, job: JobT) -> bool:
         """All that the job names is in the store now: it enters the line. False if the token is stale or it ended."""

@@ -67,6 +67,21 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Fetch:
+    """A job whose references are to be fetched. `token`: resolves or fails it, if none was given out since."""
+
+    job_id: str
+    token: int
+    tenant: str
+
+    @classmethod
+    def of(cls, entry: Any) -> Fetch:
+        """From what the script answers."""
+        job_id, token, tenant = map(text_of, entry)
+        return cls(job_id, int(token), tenant)
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
     """A message that a webhook is to get.
 

@@ -28,7 +28,7 @@ from redis.exceptions import RedisError
 
 from workers import queues
 from workers.artifacts import ArtifactStore
-from workers.books.values import DamagedRecordError, Delivery
+from workers.books.values import DamagedRecordError, Delivery, Fetch
 from workers.courier.addresses import Rules
 from workers.courier.egress import Egress, EgressError, Reply, SystemResolver, trust
 from workers.courier.fetching import FetchError, ReferenceFetcher, digest
@@ -60,10 +60,9 @@ class Fetches:
     metrics: CourierMetrics = field(default_factory=CourierMetrics.fresh)
     tracing: Tracing = field(default_factory=Tracing.off)
 
-    async def handle(self, entry: tuple[str, int]) -> None:
+    async def handle(self, fetch: Fetch) -> None:
         """Fetch for one job and let it into the line, or fail it."""
-        job_id, token = entry
-        record = await asyncio.to_thread(self.ledger.get, job_id)
+        record = await asyncio.to_thread(self.ledger.get, fetch.job_id)
         if record is None:
             return
         began = time.monotonic()
@@ -72,10 +71,10 @@ class Fetches:
                 job = await self.fetcher.fetch(record.job)
         except FetchError as error:
             self.metrics.fetched(error.error.code, time.monotonic() - began)
-            await asyncio.to_thread(self.ledger.fail_fetch, job_id, token, error.error)
+            await asyncio.to_thread(self.ledger.fail_fetch, fetch.job_id, fetch.token, error.error)
             return
         self.metrics.fetched("resolved", time.monotonic() - began)
-        if await asyncio.to_thread(self.ledger.resolve, job_id, token, job):
+        if await asyncio.to_thread(self.ledger.resolve, fetch.job_id, fetch.token, job):
             await asyncio.to_thread(queues.ring_due, self.ledger)
 
 

@@ -1,4 +1,4 @@
-"""What a ledger holds and what has happened in it so far, in one question: for metrics. No torch."""
+"""What a ledger holds and what has happened in it so far, for metrics. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workers.books.scripts import TALLY_BOUNDS_S
+from workers.books.prelude import TALLY_BOUNDS_S
 from workers.books.values import text_of
 from workers.jobs import JobStatus
 from workers.ledger import Ledger
@@ -52,12 +52,16 @@ def take_census(ledger: Ledger[Any, Any, Any]) -> Census:
         redis.exceptions.RedisError: Redis is away.
     """
     root = ledger.root
+    fetchers: Any = ledger.redis.zrange(f"{root}turns:fetches", 0, -1)
     with ledger.redis.pipeline(transaction=False) as pipeline:
-        for name in ("status:queued", "status:running", "calling", "fetches"):
+        for name in ("status:queued", "status:running", "calling"):
             pipeline.zcard(f"{root}{name}")
         pipeline.hgetall(f"{root}tally")
         pipeline.hgetall(f"{root}load")
-        queued, running, called, fetching, tally, load = pipeline.execute()
+        for tenant in fetchers:
+            pipeline.zcard(f"{root}fetches:{text_of(tenant)}")
+        queued, running, called, tally, load, *fetches = pipeline.execute()
+    fetching = sum(fetches)
     counts = {text_of(name): int(value) for name, value in tally.items()}
     return Census(
         fetching=fetching,

@@ -21,6 +21,7 @@ from tests.workers.conftest import MakeJob
 from tests.workers.courier.hosts import PATIENT, Host, Seen, World, always, said
 from workers import queues
 from workers.artifacts import ArtifactStore
+from workers.books.values import Fetch
 from workers.courier.egress import Egress
 from workers.courier.fetching import FetchError, ReferenceFetcher
 from workers.courier.worker import Fetches
@@ -170,7 +171,7 @@ def delivered(client: redis.Redis) -> list[str]:
     return queues.queue(client, CUSTOMIZE).job_ids
 
 
-def work(ledger: CustomizeLedger, egress: Egress, store: ArtifactStore) -> list[tuple[str, int]]:
+def work(ledger: CustomizeLedger, egress: Egress, store: ArtifactStore) -> list[Fetch]:
     """Take all that is due and settle it."""
     due = ledger.due_fetches()
     fetches = Fetches(ledger, ReferenceFetcher(egress, store, caps=PATIENT))
@@ -234,5 +235,5 @@ def test_a_deleted_job_is_passed_over(ledger: CustomizeLedger, store: ArtifactSt
     """An entry whose record is gone is nobody's trouble."""
     with Host(always(said(200, PNG))) as public:
         fetches = Fetches(ledger, ReferenceFetcher(World(public.port, 1).egress(), store))
-        asyncio.run(fetches.handle(("job_gone", 1)))
+        asyncio.run(fetches.handle(Fetch("job_gone", 1, "a")))
         assert not public.seen

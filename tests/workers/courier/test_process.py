@@ -23,7 +23,7 @@ from tests.workers.conftest import MakeJob
 from tests.workers.courier.hosts import AUTHORITY, Host, Seen, always, said
 from tests.workers.courier.receiver import verified
 from tests.workers.courier.test_fetching import PNG
-from tests.workers.ledgers import RESULT
+from tests.workers.ledgers import RESULT, boxed
 from workers import queues
 from workers.courier.signing import secrets_of
 from workers.courier.worker import COURIERS
@@ -131,7 +131,7 @@ def test_a_job_from_url_to_webhook(
         told = wait_for(lambda: [seen for seen in host.seen if seen.method == "POST"], "the webhook")[0]
         second = float(told.headers["webhook-timestamp"])
         assert verified(secrets_of([SECRET], "a")[0], told.headers, told.body, now=second)
-        wait_for(lambda: ledger.redis.zcard("dreamserve:webhooks") == 0, "the settlement")
+        wait_for(lambda: not boxed(ledger, "webhooks"), "the settlement")
         (card,) = queues.workers(ledger.redis, COURIERS)
         assert card["pid"] == running.process.pid
         assert running.end() == 0
@@ -185,10 +185,41 @@ def test_a_killed_courier_loses_nothing(
             running.end(signal.SIGKILL)
         ledger.webhook_retry(host.seen[0].headers["webhook-id"], 0.0)  # the lease lapses
         with courier(settings):
-            wait_for(lambda: ledger.redis.zcard("dreamserve:webhooks") == 0, "the settlement")
+            wait_for(lambda: not boxed(ledger, "webhooks"), "the settlement")
         first, second = host.seen
         assert first.headers["webhook-id"] == second.headers["webhook-id"]
         assert first.body == second.body
+
+
+@pytest.mark.parametrize("other", ["b", "a"], ids=["another tenant", "control: the same tenant"])
+def test_receivers_that_hang_hold_up_their_own_tenant(
+    server: RedisProcess, ledger: CustomizeLedger, make_job: MakeJob, tmp_path: Path, other: str
+) -> None:
+    """While one tenant's receivers hang, and hundreds of its messages wait, another's is told at once. Within one
+    tenant it waits until they let go, which shows that they do hang.
+    """
+    let_go = threading.Event()
+
+    async def hang(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        if b"job_other" not in seen.body:
+            await asyncio.to_thread(let_go.wait, 60)
+        writer.write(said(204))
+
+    with Host(hang) as host:
+        try:
+            for number in range(300):
+                ledger.accept(with_hook(make_job, host.port, f"job_{number}", tenant="a"))
+                ledger.cancel(f"job_{number}")
+            with courier(environment(server.url, tmp_path, host.port, DREAMSERVE_WEBHOOKS_IN_HAND="8")):
+                wait_for(lambda: len(host.seen) == 4, "half of the places to hang")
+                ledger.accept(with_hook(make_job, host.port, "job_other", tenant=other))
+                ledger.cancel("job_other")
+                if other == "a":
+                    let_go.set()
+                wait_for(lambda: any(b"job_other" in seen.body for seen in host.seen), "the other message")
+                assert len(host.seen) == (5 if other == "b" else 301)
+        finally:
+            let_go.set()
 
 
 def test_a_receiver_that_errs_gets_it_after_the_pause(
@@ -204,7 +235,7 @@ def test_a_receiver_that_errs_gets_it_after_the_pause(
     with Host(err_once) as host, courier(environment(server.url, tmp_path, host.port)):
         ledger.accept(with_hook(make_job, host.port))
         finish(ledger)
-        wait_for(lambda: len(times) == 2 and ledger.redis.zcard("dreamserve:webhooks") == 0, "the second attempt")
+        wait_for(lambda: len(times) == 2 and not boxed(ledger, "webhooks"), "the second attempt")
     assert times[1] - times[0] >= 4.5
 
 

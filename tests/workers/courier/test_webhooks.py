@@ -30,7 +30,6 @@ from workers.ledger import CustomizeLedger, Ledger
 URL = f"https://{PUBLIC_HOST}/hook?token=canary"
 SECRETS = ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_" + "A" * 43 + "="]
 DAY_S = 86_400
-BOX = "dreamserve:webhooks"
 
 
 @pytest.fixture
@@ -118,7 +117,7 @@ def attempt(
 
 def pause(client: redis.Redis, delivery: Delivery) -> float | None:
     """Seconds until the message is due again; None if it is settled."""
-    due: Any = client.zscore(BOX, delivery.id)
+    due: Any = client.zscore(f"dreamserve:webhooks:{delivery.tenant}", delivery.id)
     seconds, micro = client.time()  # pyright: ignore[reportGeneralTypeIssues]  # sync client
     return None if due is None else due - (seconds + micro / 1e6)
 
