@@ -15,6 +15,7 @@ from service.auth import Door
 from service.events import Watcher
 from service.limits import StepCost
 from service.metrics import GatewayMetrics
+from service.places import Places
 from service.readiness import Readiness
 from service.records import DrainGauge
 from service.settings import GatewaySettings
@@ -33,7 +34,11 @@ from workers.tenants import TenantBook
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """Connections, limits and the model's spec. `decoding` bounds how many bodies are unfolded at once."""
+    """Connections, limits and the model's spec.
+
+    `decoding` bounds how many bodies are unfolded at once; `submissions`, `waits` and `streams` what one tenant has in
+    hand.
+    """
 
     settings: GatewaySettings
     spec: ModelSpec
@@ -46,6 +51,9 @@ class Gateway:
     trainings: TrainingAdmission
     registry: Registry
     decoding: anyio.CapacityLimiter
+    submissions: Places
+    waits: Places
+    streams: Places
     watcher: Watcher
     gauge: DrainGauge
     training_gauge: DrainGauge
@@ -82,6 +90,9 @@ def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
         trainings=trainings,
         registry=admission.registry,
         decoding=anyio.CapacityLimiter(settings.admissions),
+        submissions=Places(settings.tenant_submissions),
+        waits=Places(settings.tenant_waits),
+        streams=Places(settings.tenant_streams),
         watcher=Watcher(ledger),
         gauge=DrainGauge(ledger),
         training_gauge=DrainGauge(trainings.ledger),

@@ -156,6 +156,12 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
             "Your waiting and running jobs fill your share of the service: try again after Retry-After.",
             retryable=True,
         ),
+        "too_many_requests": ProblemType(
+            429,
+            "Too many at once",
+            "You have as many requests of this kind in hand as one caller may: let some end first.",
+            retryable=True,
+        ),
         "head_too_large": ProblemType(431, "Headers too large", "The request line and headers exceed 16 KiB."),
         "internal": ProblemType(
             500,

@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from math import ceil
-from typing import Annotated, Any
+from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
+from fastapi import APIRouter, Depends, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
 
 from service.auth import TenantDependency, tenant_of
-from service.events import stream
 from service.gateway import Gateway, GatewayDependency
 from service.headers import MAX_WAIT_S, JobHeaders, JobHeadersDependency, names
 from service.intake import parse_json, read_body, validate
@@ -21,6 +20,7 @@ from service.openapi import CUSTOMIZE_BODY, problems
 from service.problems import Problem
 from service.records import PageDependency, RecordId, cancel, found, place_in_queue
 from service.schemas import JobBody, JobList, Liveness, ModelList, Readiness
+from service.streams import STREAM_RESPONSES, FollowerDependency
 from service.submissions import Submitted, Terms, accepted, point_to, replayed
 from service.views import job_body, job_etag, model_body
 from workers import queues
@@ -55,12 +55,14 @@ async def customize(
 ) -> JobBody:
     """Accept a job. The pictures are checked before the answer; the result is awaited at `Location`."""
     settings = gateway.settings
-    raw = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    admit = partial(_admit, request, gateway, tenant, headers, raw)
-    submitted = await to_thread.run_sync(admit, limiter=gateway.decoding)
+    with gateway.submissions.take(tenant):
+        raw = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+        admit = partial(_admit, request, gateway, tenant, headers, raw)
+        submitted = await to_thread.run_sync(admit, limiter=gateway.decoding)
     record = submitted.record
-    if headers.wait_s:
-        record = await _awaited(gateway, record, headers.wait_s, lambda now: now.status.terminal)
+    waited = await _awaited(gateway, record, headers.wait_s, lambda now: now.status.terminal)
+    if headers.wait_s and waited:
+        record = waited
         response.headers["Preference-Applied"] = f"wait={headers.wait_s}"
         if record.status.terminal:
             response.status_code = status.HTTP_200_OK
@@ -111,56 +113,35 @@ async def get_job(
     response: Response,
     wait: Annotated[int, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for its end; see below.")] = 0,
 ) -> JobBody | Response:
-    """With `wait`, the answer comes when the job has ended; with If-None-Match too, when anything happens to it."""
+    """With `wait`, the answer comes when the job has ended; with If-None-Match too, when anything happens to it.
+
+    It comes at once, with Retry-After, if you have as many waiting answers as this server gives to one.
+    """
     known = request.headers.get("if-none-match")
 
     def enough(now: CustomizeRecord) -> bool:
         return now.status.terminal or (known is not None and not names(known, job_etag(now)))
 
     record = await to_thread.run_sync(found, gateway.ledger, id, tenant)
-    record = await _awaited(gateway, record, wait, enough)
+    waited = await _awaited(gateway, record, wait, enough)
+    if waited is None:
+        response.headers["Retry-After"] = str(POLL_AFTER_S)
+    record = waited or record
     response.headers["ETag"] = job_etag(record)
     if known is not None and names(known, response.headers["ETag"]):
-        return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers={"ETag": job_etag(record)})
+        return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=dict(response.headers))
     return await to_thread.run_sync(_body, gateway, record)
 
 
 @router.get(
     "/v1/jobs/{id}/events",
     response_class=StreamingResponse,
-    responses={
-        200: {"description": "status, progress, preview and reset events.", "content": {"text/event-stream": {}}},
-        204: {"description": "It has ended, and all of it was told: do not come back."},
-        **problems(404, 410, 503),
-    },
+    responses=STREAM_RESPONSES,
     summary="What happens to a job, as it happens",
 )
-async def follow_job(
-    gateway: GatewayDependency,
-    tenant: TenantDependency,
-    id: RecordId,
-    request: Request,
-    last_event_id: Annotated[str | None, Header(description="Go on after this event.")] = None,
-) -> Response:
+async def follow_job(gateway: GatewayDependency, follower: FollowerDependency, id: RecordId) -> Response:
     """Server-sent events up to the one that ends the job. `reset`, whose data is the whole job: some are missing."""
-    ledger = gateway.ledger
-
-    def current() -> CustomizeRecord:
-        tenant_of(request)
-        return found(ledger, id, tenant)
-
-    async def body() -> Any:
-        return (await to_thread.run_sync(lambda: _body(gateway, current()))).model_dump(mode="json")
-
-    record = await to_thread.run_sync(current)
-    events, gap = await to_thread.run_sync(ledger.events, id, last_event_id, 1)
-    if not events and (record.status.terminal or gap):
-        return Response(status_code=status.HTTP_204_NO_CONTENT)
-    known = int(events[0].id) - 1 if events else int(last_event_id or 0)
-    allowed = partial(to_thread.run_sync, current, limiter=gateway.watcher.checks)
-    told = gateway.metrics.counted(stream(gateway.watcher, id, known, missed=gap, body=body, allowed=allowed))
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(told, media_type="text/event-stream", headers=headers)
+    return await follower.follow(gateway.watcher, id, partial(_body, gateway))
 
 
 @router.post(
@@ -221,13 +202,15 @@ def _poll_after_s(body: JobBody) -> int:
 
 async def _awaited(
     gateway: Gateway, record: CustomizeRecord, seconds: float, enough: Callable[[CustomizeRecord], bool]
-) -> CustomizeRecord:
-    """The record once it is enough, or as it is when the time is up."""
+) -> CustomizeRecord | None:
+    """The record once it is enough, or as it is when the time is up; None if its tenant may not wait for more."""
     if not seconds or enough(record):
         return record
+    if gateway.waits.full(record.job.tenant):
+        return None
     deadline = time.monotonic() + seconds
     job = record.job
-    with gateway.watcher.watch(job.id) as watch:
+    with gateway.waits.take(job.tenant), gateway.watcher.watch(job.id) as watch:
         while not enough(record) and (left := deadline - time.monotonic()) > 0 and not gateway.watcher.leaving:
             if await watch.next(left):
                 record = await to_thread.run_sync(found, gateway.ledger, job.id, job.tenant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
@@ -33,7 +34,7 @@ ReferenceId = Annotated[str, Path(pattern=r"^ref_[0-9a-f]{32}$", description="Th
             "description": "Kept: name it by its id.",
             "headers": {"Location": {"description": "The reference.", "schema": {"type": "string"}}},
         },
-        **problems(400, 408, 413, 415, 422, 503),
+        **problems(400, 408, 413, 415, 422, 429, 503),
     },
     openapi_extra={"requestBody": REFERENCE_BODY},
     summary="Upload a picture to be named in requests",
@@ -44,13 +45,13 @@ async def upload_reference(
     """The same picture of a tenant has one id. It stays for a time after its last use, or until it is deleted."""
     wrapping = wrapping_of(request)
     limits = gateway.admission.limits
-    async with in_threads(gateway.store.receive(tenant)) as incoming:
-        await receive(
-            request, wrapping, incoming, max_bytes=limits.max_bytes, timeout_s=gateway.settings.body_timeout_s
-        )
-        reference, new = await to_thread.run_sync(
-            _admit, gateway, tenant, incoming, wrapping.declared, limiter=gateway.decoding
-        )
+    with gateway.submissions.take(tenant):
+        async with in_threads(gateway.store.receive(tenant)) as incoming:
+            await receive(
+                request, wrapping, incoming, max_bytes=limits.max_bytes, timeout_s=gateway.settings.body_timeout_s
+            )
+            admitting = partial(_admit, gateway, tenant, incoming, wrapping.declared)
+            reference, new = await to_thread.run_sync(admitting, limiter=gateway.decoding)
     response.status_code = status.HTTP_201_CREATED if new else status.HTTP_200_OK
     response.headers["Location"] = f"/v1/references/{reference.id}"
     return _body(reference)

@@ -29,7 +29,7 @@ POLL_AFTER_S = 5
 @router.post(
     "/v1/trainings",
     status_code=status.HTTP_202_ACCEPTED,
-    responses={202: accepted("training"), **problems(400, 408, 410, 413, 415, 422, 503)},
+    responses={202: accepted("training"), **problems(400, 408, 410, 413, 415, 422, 429, 503)},
     openapi_extra={"requestBody": TRAINING_BODY},
     summary="Train an adapter by a recipe",
 )
@@ -41,9 +41,10 @@ async def submit_training(
     headers: SubmitHeadersDependency,
 ) -> TrainingBody:
     """Accept a training. Its result is a version of an adapter, listed at `/v1/adapters`."""
-    raw = await read_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=gateway.settings.body_timeout_s)
-    terms = Terms(tenant, once=headers.once(tenant, raw))
-    submitted = await to_thread.run_sync(_admit, gateway, terms, raw)
+    with gateway.submissions.take(tenant):
+        raw = await read_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=gateway.settings.body_timeout_s)
+        terms = Terms(tenant, once=headers.once(tenant, raw))
+        submitted = await to_thread.run_sync(_admit, gateway, terms, raw)
     body = await to_thread.run_sync(_body, gateway, submitted.record)
     point_to(response, body.urls, POLL_AFTER_S, replayed=submitted.replayed)
     return body

@@ -132,6 +132,7 @@ ELSEWHERE = {
     "job_not_finished": "test_jobs",
     "idempotency_conflict": "test_submitting",
     "tenant_over_share": "test_shares",
+    "too_many_requests": "test_places",
     "over_capacity": "test_shares",
     "request_timeout": "test_limits",
     "artifact_missing": "test_pictures",
