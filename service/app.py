@@ -54,7 +54,7 @@ def create_app(settings: GatewaySettings, tracing: Tracing | None = None) -> Fas
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         exposition = open_exposition(settings, metrics.registry, alive=dict[str, str], ready=readiness.failed)
         yield
-        gateway.watcher.leave()
+        gateway.let_go()
         if exposition is not None:
             await to_thread.run_sync(exposition.close)
         await to_thread.run_sync(gateway.tracing.flush)

@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 
 from service.problems import Problem
 from workers.jobs import JobStatus
-from workers.ledger import CustomizeLedger, Event
+from workers.ledger import Event, Ledger
 
 BLOCK_S: Final = 0.1
 """A question waits so long for an answer; a new watch takes part in the next one."""
@@ -56,9 +56,9 @@ class Watch:
 
 
 class Watcher:
-    """Asks for all watches together. Belongs to one event loop."""
+    """Asks for all watches of a ledger together. Belongs to one event loop."""
 
-    def __init__(self, ledger: CustomizeLedger) -> None:
+    def __init__(self, ledger: Ledger[Any, Any, Any]) -> None:
         self.ledger = ledger
         self.leaving = False
         """The process is about to end: streams end, and their callers come back to another."""
@@ -91,6 +91,7 @@ class Watcher:
 
     def leave_soon(self) -> None:
         """`leave`, from a signal handler or another thread."""
+        self.leaving = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.leave)
 

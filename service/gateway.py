@@ -55,11 +55,17 @@ class Gateway:
     waits: Places
     streams: Places
     watcher: Watcher
+    training_watcher: Watcher
     gauge: DrainGauge
     training_gauge: DrainGauge
     metrics: GatewayMetrics
     tracing: Tracing
     readiness: Readiness
+
+    def let_go(self) -> None:
+        """The process is about to end: who waits or listens goes, to come back to another. From any thread."""
+        self.watcher.leave_soon()
+        self.training_watcher.leave_soon()
 
 
 def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
@@ -75,7 +81,9 @@ def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
     client = queues.connect(settings.redis_url, timeout_s=settings.redis_timeout_s)
     ledger = open_ledger(client, CUSTOMIZE, settings)
     admission = _admission(settings, spec, client, ledger)
-    trainings = TrainingAdmission(settings, open_ledger(client, TRAINING, settings), admission.webhooks)
+    trainings = TrainingAdmission(
+        settings, open_ledger(client, TRAINING, settings), admission.webhooks, settings.training_sample_s
+    )
     metrics = GatewayMetrics.fresh()
     metrics.watch({CUSTOMIZE.queue: ledger, TRAINING.queue: trainings.ledger}, tenants=settings.metrics_tenants)
     return Gateway(
@@ -94,6 +102,7 @@ def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
         waits=Places(settings.tenant_waits),
         streams=Places(settings.tenant_streams),
         watcher=Watcher(ledger),
+        training_watcher=Watcher(trainings.ledger),
         gauge=DrainGauge(ledger),
         training_gauge=DrainGauge(trainings.ledger),
         metrics=metrics,

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 
 from model.spec import ModelSpec
 from workers.jobs import CustomizeJob
+from workers.training.recipes import Recipe
 
 WINDOWS_S = (15.0, 60.0, 300.0)
 """Over which ended jobs are counted; the shortest that holds enough of them says how fast it goes now."""
 ENOUGH_JOBS = 5
+LONGEST_TRAINING_S = 1e8
+"""What a training is taken for at most, however many steps somebody writes down: three years."""
 LONGEST_WAIT_S = 600
 UNKNOWN_WAIT_S = 10
 """Told while nothing has ended lately, so that nobody knows."""
@@ -40,6 +43,12 @@ def cost_s(job: CustomizeJob, spec: ModelSpec, step: StepCost) -> float:
     guided = sampling.true_cfg_end - sampling.true_cfg_start if sampling.true_cfg_scale > 1 else 0
     steps = sampling.num_inference_steps + guided
     return job.num_images * steps * step.seconds(spec.text_tokens + cells)
+
+
+def training_cost_s(recipe: Recipe, sample_s: float) -> float:
+    """Estimated GPU-seconds of a training: every sample of every stage."""
+    samples = sum(stage.steps * stage.batch for stage in recipe.stages)
+    return min(LONGEST_TRAINING_S, samples * sample_s)
 
 
 def drain_rate(ended: Mapping[float, int]) -> float | None:

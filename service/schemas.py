@@ -190,9 +190,6 @@ class JobErrorView(OutputBody):
 class RecordUrls(OutputBody):
     self: str
     cancel: str
-
-
-class JobUrls(RecordUrls):
     events: str = Field(description="As they happen: server-sent events.")
 
 
@@ -217,7 +214,7 @@ class JobBody(OutputBody):
     cache: dict[str, Outcome] = Field(
         description="What the worker had kept before: prompt, negative, reference_<slot>, adapter; once succeeded."
     )
-    urls: JobUrls
+    urls: RecordUrls
     metadata: dict[str, str]
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from service.admission import check_metadata
 from service.intake import faults_of
+from service.limits import training_cost_s
 from service.problems import Fault, Problem
 from service.records import common_fields, time_text
 from service.schemas import QueueView, RecordUrls
@@ -38,11 +39,17 @@ _MAX_RECIPE_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class TrainingAdmission:
-    """What admitting trainings needs; one per process. `webhooks`: the rules for theirs; None where none is signed."""
+    """What admitting trainings needs; one per process.
+
+    Attributes:
+        webhooks: the rules for theirs; None where none is signed.
+        sample_s: estimated GPU-seconds of a sample.
+    """
 
     settings: QueueSettings
     ledger: TrainingLedger
     webhooks: Rules | None
+    sample_s: float
 
     def train(self, request: TrainingRequest, terms: Terms) -> Submitted[TrainingJob, TrainingProgress, TrainingResult]:
         """Accept one training and ring for it.
@@ -69,8 +76,10 @@ class TrainingAdmission:
             metadata=request.metadata,
             tenant=terms.tenant,
             webhook=webhook,
+            request_id=terms.request_id,
+            traceparent=terms.traceparent,
         )
-        return submit(self.ledger, job, terms)
+        return submit(self.ledger, job, terms, training_cost_s(recipe, self.sample_s))
 
     def offers(self) -> list[RecipeView]:
         """The recipes that can be asked for."""
@@ -144,7 +153,7 @@ def training_body(record: TrainingRecord, *, queue: QueueView | None, ttl_s: flo
     shown = {key: value for key, value in job.recipe.items() if key not in ("model", "data")}
     return TrainingBody(
         **common_fields(record, queue=queue, ttl_s=ttl_s),
-        urls=RecordUrls(self=url, cancel=f"{url}/cancel"),
+        urls=RecordUrls(self=url, cancel=f"{url}/cancel", events=f"{url}/events"),
         progress=_progress(record.progress) if record.progress else None,
         request=EffectiveTraining(adapter=job.adapter, dataset=job.dataset, recipe=shown),
         result=asdict(record.result) if record.result else None,

@@ -13,11 +13,11 @@ from service.schemas import (
     EffectiveRequest,
     ImageView,
     JobBody,
-    JobUrls,
     ModelBody,
     OutputView,
     ProgressView,
     QueueView,
+    RecordUrls,
     ReferenceView,
     WebhookView,
 )
@@ -30,7 +30,7 @@ def job_body(record: CustomizeRecord, *, queue: QueueView | None, ttl_s: float) 
     url = f"/v1/jobs/{job.id}"
     return JobBody(
         **common_fields(record, queue=queue, ttl_s=ttl_s),
-        urls=JobUrls(self=url, cancel=f"{url}/cancel", events=f"{url}/events"),
+        urls=RecordUrls(self=url, cancel=f"{url}/cancel", events=f"{url}/events"),
         start_by=None if record.start_by is None else time_text(record.start_by),
         progress=ProgressView(**asdict(record.progress)) if record.progress else None,
         request=_effective(job),

@@ -27,11 +27,13 @@ from workers.courier.fetching import ReferenceFetcher
 from workers.courier.webhooks import WebhookSender
 from workers.courier.worker import Fetches, Webhooks
 from workers.inference.runner import JobRunner
-from workers.jobs import CUSTOMIZE, JobStatus
-from workers.ledger import CustomizeLedger, Ledger
+from workers.jobs import CUSTOMIZE, TRAINING, JobStatus
+from workers.ledger import CustomizeLedger, Ledger, TrainingLedger
 from workers.redis_process import RedisProcess, start_redis
-from workers.settings import WorkerSettings
+from workers.registry import Registry
+from workers.settings import TrainingSettings, WorkerSettings
 from workers.telemetry.tracing import Tracing, open_tracing, traceparent_of
+from workers.training.worker import TrainingRunner
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -186,6 +188,51 @@ def test_without_a_caller_it_begins_here(line: Line, exported: Exported) -> None
     line.send({"traceparent": "00-c4nary"})
     assert len(exported.traces()) == 1
     assert exported.parents() == {"POST /v1/customize": None, **TREE}
+
+
+TRAINING_TREE = {
+    "POST /v1/trainings": "outside",
+    "accept": "POST /v1/trainings",
+    "queue": "accept",
+    "job": "accept",
+    "prepare": "job",
+    "train": "job",
+    "publish": "job",
+    "commit": "job",
+    "webhook": "accept",
+}
+SHORT = {
+    "lora": {"rank": 2},
+    "stages": {name: {"steps": 1, "batch": 1} for name in ("warm-up", "all-tasks", "quality")},
+}
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+def test_a_training_is_one_trace_too(line: Line, exported: Exported, tmp_path: Path, *, fails: bool) -> None:
+    """From its request to its webhook, over gateway, training worker and courier; a failed one up to its end."""
+    hook = {"url": f"https://{CANARY}.guard.example:{line.port}/{CANARY}"}
+    body = {"recipe": "sticker-adapter", "overrides": SHORT, "webhook": hook, "metadata": {CANARY: CANARY}}
+    job_id = line.gateway.post("/v1/trainings", json=body, headers={"traceparent": CALLER}).json()["id"]
+    client, settings = line.ledger.redis, TrainingSettings(state_dir=tmp_path)
+    ledger: TrainingLedger = Ledger(client, TRAINING)
+    if fails:
+        (tmp_path / "trainings").write_text("no directory can be made here")
+    runner = TrainingRunner(client, ledger, Registry(tmp_path / "adapters"), settings, "w", tracing=tracing(exported))
+    runner.run(job_id)
+    sender = WebhookSender(line.webhooks.sender.egress, lambda _: [SECRET])
+    for delivery in ledger.due_webhooks():
+        asyncio.run(Webhooks(ledger, sender, tracing=tracing(exported)).handle(delivery))
+    record = ledger.get(job_id)
+    assert record and record.status is (JobStatus.FAILED if fails else JobStatus.SUCCEEDED), record
+    assert exported.traces() == {CALLER.split("-")[1]}
+    missing = {"publish"} if fails else set[str]()
+    assert exported.parents() == {name: up for name, up in TRAINING_TREE.items() if name not in missing}
+    spans = {span.name: dict(span.attributes or {}) for span in exported.spans}
+    assert spans["job"]["dreamserve.job_id"] == job_id
+    assert spans["job"]["dreamserve.state"] == record.status
+    if not fails:
+        assert spans["train"]["dreamserve.steps"] == 3
+    assert CANARY not in json.dumps([json.loads(span.to_json()) for span in exported.spans])
 
 
 def test_the_record_stays_small(line: Line) -> None:

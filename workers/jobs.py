@@ -211,6 +211,7 @@ class TrainingJob:
     Attributes:
         adapter: name under which the result is published.
         dataset: name of a directory among the server's datasets; None trains on the recipe's own records.
+        request_id, traceparent: as a `CustomizeJob`'s.
     """
 
     id: str
@@ -220,6 +221,8 @@ class TrainingJob:
     metadata: dict[str, str] = field(default_factory=dict[str, str])
     tenant: str = "default"
     webhook: Webhook | None = None
+    request_id: str = ""
+    traceparent: str | None = None
 
     @property
     def fetching(self) -> bool:

@@ -101,7 +101,7 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
         if (gateway := self._gateway()) is not None:
             gateway.readiness.draining = True
-            gateway.watcher.leave_soon()
+            gateway.let_go()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         gateway = self._gateway()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response, status
+from fastapi.responses import StreamingResponse
 
 from service.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
@@ -13,12 +15,15 @@ from service.headers import SubmitHeadersDependency
 from service.intake import parse_json, read_body
 from service.openapi import TRAINING_BODY, problems
 from service.records import PageDependency, RecordId, cancel, found, place_in_queue
+from service.streams import STREAM_RESPONSES, FollowerDependency
 from service.submissions import Submitted, Terms, accepted, point_to, replayed
 from service.training_schemas import AdapterList, RecipeList, TrainingBody, TrainingList
 from service.trainings import adapter_view, training_body, validate_training
 from workers import queues
 from workers.jobs import TRAINING, TrainingJob, TrainingProgress, TrainingRecord, TrainingResult
+from workers.ledger import Once
 from workers.registry import NAME
+from workers.telemetry.tracing import traceparent_of
 
 router = APIRouter(dependencies=[Depends(tenant_of)], responses=problems(401))
 
@@ -43,16 +48,25 @@ async def submit_training(
     """Accept a training. Its result is a version of an adapter, listed at `/v1/adapters`."""
     with gateway.submissions.take(tenant):
         raw = await read_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=gateway.settings.body_timeout_s)
-        terms = Terms(tenant, once=headers.once(tenant, raw))
-        submitted = await to_thread.run_sync(_admit, gateway, terms, raw)
+        submitted = await to_thread.run_sync(_admit, request, gateway, tenant, headers.once(tenant, raw), raw)
     body = await to_thread.run_sync(_body, gateway, submitted.record)
     point_to(response, body.urls, POLL_AFTER_S, replayed=submitted.replayed)
     return body
 
 
-def _admit(gateway: Gateway, terms: Terms, raw: bytes) -> Submitted[TrainingJob, TrainingProgress, TrainingResult]:
-    first = replayed(gateway.trainings.ledger, terms)
-    submitted = first or gateway.trainings.train(validate_training(parse_json(raw)), terms)
+def _admit(
+    request: Request, gateway: Gateway, tenant: str, once: Once | None, raw: bytes
+) -> Submitted[TrainingJob, TrainingProgress, TrainingResult]:
+    with gateway.tracing.span("accept", request.state.traceparent) as span:
+        terms = Terms(
+            tenant,
+            once=once,
+            share_s=gateway.door.share(tenant, gateway.settings.share_s),
+            request_id=request.state.request_id,
+            traceparent=traceparent_of(span),
+        )
+        first = replayed(gateway.trainings.ledger, terms)
+        submitted = first or gateway.trainings.train(validate_training(parse_json(raw)), terms)
     gateway.metrics.submitted(TRAINING.queue, replayed=submitted.replayed)
     return submitted
 
@@ -66,6 +80,17 @@ def list_trainings(gateway: GatewayDependency, tenant: TenantDependency, page: P
 @router.get("/v1/trainings/{id}", responses=problems(404, 410, 503), summary="A training's state, progress and result")
 def get_training(gateway: GatewayDependency, tenant: TenantDependency, id: RecordId) -> TrainingBody:
     return _body(gateway, found(gateway.trainings.ledger, id, tenant))
+
+
+@router.get(
+    "/v1/trainings/{id}/events",
+    response_class=StreamingResponse,
+    responses=STREAM_RESPONSES,
+    summary="What happens to a training, as it happens",
+)
+async def follow_training(gateway: GatewayDependency, follower: FollowerDependency, id: RecordId) -> Response:
+    """Server-sent events up to the one that ends the training. `reset`, whose data is all of it: some are missing."""
+    return await follower.follow(gateway.training_watcher, id, partial(_body, gateway))
 
 
 @router.post(

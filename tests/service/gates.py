@@ -22,6 +22,7 @@ class Gate:
 
     address: Address
     server: uvicorn.Server
+    app: FastAPI
 
     @property
     def url(self) -> str:
@@ -35,8 +36,8 @@ def serve(app: FastAPI, deadlines: Deadlines | None = None) -> Generator[Gate]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        yield Gate(listener.getsockname(), server)
+        yield Gate(listener.getsockname(), server, app)
     finally:
-        app.state.gateway.watcher.leave_soon()
+        app.state.gateway.let_go()
         server.should_exit = True
         thread.join()

@@ -16,10 +16,20 @@ from starlette.testclient import TestClient
 from model.roles import Role
 from model.spec import ModelSpec, flux_spec
 from service.app import create_app
-from service.limits import LONGEST_WAIT_S, UNKNOWN_WAIT_S, WINDOWS_S, StepCost, cost_s, drain_rate, retry_after_s
+from service.limits import (
+    LONGEST_TRAINING_S,
+    LONGEST_WAIT_S,
+    UNKNOWN_WAIT_S,
+    WINDOWS_S,
+    StepCost,
+    cost_s,
+    drain_rate,
+    retry_after_s,
+)
 from tests.service.conftest import Bench, picture, settings
 from tests.waiting import wait_for
-from workers.jobs import CustomizeJob, ReferenceInput, Sampling
+from workers.jobs import TRAINING, CustomizeJob, JobError, ReferenceInput, Sampling, TrainingResult
+from workers.ledger import Ledger, TrainingLedger
 from workers.redis_process import RedisProcess
 from workers.tenants import TenantBook
 
@@ -121,6 +131,76 @@ def test_a_share_of_its_own_goes_before_the_default(make: Make, bench: Bench) ->
     client = make(auth="keys", share_s=2.5 * COST)
     assert [submit(client, small).status_code for _ in range(2)] == [202, 429]
     assert [submit(client, large).status_code for _ in range(4)] == [202] * 4
+
+
+SAMPLES = 100 * 8 + 300 * 8 + 20 * 8
+"""Of the recipe sticker-adapter: steps and batch of its stages."""
+
+
+def train(client: TestClient, key: str, **changes: Any) -> Any:
+    body = {"recipe": "sticker-adapter", **changes}
+    return client.post("/v1/trainings", json=body, headers={"Authorization": f"Bearer {key}"})
+
+
+def lose(ledger: TrainingLedger, job_id: str, token: int) -> None:
+    """Its last worker is lost."""
+    ledger.redis.hset(f"{TRAINING.root}job:{job_id}", "attempt", 10)
+    ledger.redis.zadd(f"{TRAINING.root}leases", {job_id: 0})
+    assert Ledger(ledger.redis, TRAINING, max_attempts=10).reap() == []
+    assert ledger.beat(job_id, token) == "lost"
+
+
+def cancel_running(ledger: TrainingLedger, job_id: str, token: int) -> None:
+    ledger.cancel(job_id)
+    assert ledger.release_canceled(job_id, token)
+
+
+ENDS: dict[str, Callable[[TrainingLedger, str, int], object]] = {
+    "succeeded": lambda ledger, job, token: ledger.commit(job, token, TrainingResult("a", "0" * 64, 1, {})),
+    "failed": lambda ledger, job, token: ledger.fail(job, token, JobError("internal", "It broke.")),
+    "canceled": cancel_running,
+    "lost": lose,
+    "queued, then canceled": lambda ledger, job, token: (ledger.hand_back(job, token), ledger.cancel(job)),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_trainings_have_a_share(make: Make, bench: Bench, end: str) -> None:
+    """By samples to be trained on; over it a tenant's next one is refused until one ends, however it does. Control:
+    while it runs nothing is free. Another tenant's trainings, and its own pictures, are not refused.
+    """
+    client = make(auth="keys", share_s=2.5 * SAMPLES, training_sample_s=1.0)
+    book = TenantBook(bench.redis)
+    flood, calm = book.create_key("flood"), book.create_key("calm")
+    first = train(client, flood)
+    assert (first.status_code, train(client, flood).status_code) == (202, 202)
+    assert bench.trainings.load("flood") == 2 * SAMPLES
+    refused = train(client, flood)
+    assert (refused.status_code, refused.json()["code"]) == (429, "tenant_over_share")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert train(client, calm).status_code == 202
+    assert submit(client, flood).status_code == 202
+    job = first.json()["id"]
+    token = bench.trainings.claim(job, "w")
+    assert token is not None
+    assert train(client, flood).status_code == 429
+    ENDS[end](bench.trainings, job, token)
+    record = bench.trainings.get(job)
+    assert record is not None and record.status.terminal
+    assert bench.trainings.load("flood") == SAMPLES
+    assert train(client, flood).status_code == 202
+
+
+def test_a_training_without_end_is_still_a_number(make: Make, bench: Bench) -> None:
+    """More steps than there are microseconds that Redis can count: let in if it is alone, like any other, and freed."""
+    client, key = make(auth="keys"), TenantBook(bench.redis).create_key("acme")
+    endless = {"overrides": {"stages": {"warm-up": {"steps": 10**15}}}}
+    answer = train(client, key, **endless)
+    assert answer.status_code == 202
+    assert bench.trainings.load("acme") == LONGEST_TRAINING_S
+    assert train(client, key).status_code == 429
+    bench.trainings.cancel(answer.json()["id"])
+    assert bench.trainings.load("acme") == 0
 
 
 def test_the_whole_service_has_a_bound(make: Make, bench: Bench) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
-from tests.service.conftest import Bench
+from tests.service.conftest import Bench, Open
+from tests.service.test_following import Told, read
+from tests.waiting import wait_for
 from workers import queues
-from workers.jobs import CUSTOMIZE, TRAINING, TrainingProgress, TrainingResult
+from workers.jobs import CUSTOMIZE, TRAINING, JobError, TrainingProgress, TrainingResult
 from workers.registry import MAIN, Registry
 from workers.training.recipes import Recipe, load_recipe
 
@@ -178,3 +183,58 @@ def test_trainings_and_jobs_are_listed_apart(bench: Bench) -> None:
     assert bench.client.get(f"/v1/jobs/{training}").status_code == 404
     assert bench.client.get(f"/v1/trainings/{job}").status_code == 404
     assert bench.client.get("/v1/trainings?cursor=x").status_code == 422
+
+
+def step(number: int) -> TrainingProgress:
+    return TrainingProgress("warm-up", number, 420, {"flow": 0.5}, 16.0, 0.5)
+
+
+def test_a_training_is_followed_by_its_events(bench: Bench) -> None:
+    """States and steps in order, up to the end; from the last known one on; then there is nothing more."""
+    body = submit(bench)
+    token = bench.trainings.claim(body["id"], "w")
+    assert token is not None
+    for number in (1, 2):
+        bench.trainings.beat(body["id"], token, step(number))
+    bench.trainings.fail(body["id"], token, JobError("training_failed", "It broke."))
+    url = body["urls"]["events"]
+    told = list(read(iter(bench.client.get(url).text.split("\n"))))
+    assert [event.id for event in told] == ["1", "2", "3", "4", "5"]
+    assert [event.data["status"] for event in told if event.kind == "status"] == ["queued", "running", "failed"]
+    assert [event.data for event in told if event.kind == "progress"] == [asdict(step(number)) for number in (1, 2)]
+    rest = bench.client.get(url, headers={"Last-Event-ID": "3"}).text
+    assert list(read(iter(rest.split("\n")))) == told[3:]
+    assert bench.client.get(url, headers={"Last-Event-ID": "5"}).status_code == 204
+    gap = next(read(iter(bench.client.get(url, headers={"Last-Event-ID": "99"}).text.split("\n"))))
+    assert gap.kind == "reset" and gap.data["id"] == body["id"] and gap.data["status"] == "failed"
+
+
+def test_events_of_trainings_and_jobs_are_apart(bench: Bench) -> None:
+    """The id of one is unknown to the other."""
+    job, training = bench.submit()["id"], submit(bench)["id"]
+    assert bench.client.get(f"/v1/trainings/{job}/events").status_code == 404
+    assert bench.client.get(f"/v1/jobs/{training}/events").status_code == 404
+
+
+def test_a_gateway_that_leaves_lets_its_followers_go(open_gate: Open, bench: Bench) -> None:
+    """Who follows a training for hours comes back to the next gateway, and goes on there."""
+    gate, training = open_gate(), submit(bench)
+    told: list[Told] = []
+
+    def follow(after: str) -> None:
+        url, headers = gate.url + training["urls"]["events"], {"Last-Event-ID": after}
+        with httpx2.stream("GET", url, headers=headers, timeout=60) as answer:
+            for event in read(answer.iter_lines()):
+                told.append(event)
+
+    gateway = gate.app.state.gateway
+    caller = threading.Thread(target=follow, args=("0",))
+    caller.start()
+    wait_for(lambda: told, "the follower's first event")
+    gateway.let_go()
+    caller.join(60)
+    assert not caller.is_alive() and [event.data["status"] for event in told] == ["queued"]
+    bench.trainings.cancel(training["id"])
+    gate = open_gate()
+    follow(told[-1].id)
+    assert [event.data["status"] for event in told] == ["queued", "canceled"]

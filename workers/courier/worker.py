@@ -36,7 +36,7 @@ from workers.courier.metrics import CourierMetrics
 from workers.courier.outbox import Outbox
 from workers.courier.signing import SecretError, read_secret, secrets_of
 from workers.courier.webhooks import RETRIES_S, SecretsOf, Settlement, WebhookSender, message, settle
-from workers.jobs import CUSTOMIZE, TRAINING, CustomizeJob, JobRecord
+from workers.jobs import CUSTOMIZE, TRAINING, JobRecord
 from workers.ledger import CustomizeLedger, Ledger, open_ledger
 from workers.process import ConfigurationError, find_url, refuse
 from workers.settings import CourierSettings, describe_bad_settings
@@ -95,7 +95,7 @@ class Webhooks:
         if delivery.attempt <= len(RETRIES_S) + 1:  # more only if attempts end without being settled
             record = await asyncio.to_thread(self._record, delivery)
             if record is not None:
-                with self.tracing.span("webhook", _traceparent(record), attempt=delivery.attempt) as span:
+                with self.tracing.span("webhook", record.job.traceparent, attempt=delivery.attempt) as span:
                     reply, answer = await self._send(delivery, message(delivery, record))
                     settlement = settle(delivery.attempt, reply, self.draw())
                     span.set_attribute("settlement", settlement.kind)
@@ -129,11 +129,6 @@ class Webhooks:
                 self.ledger.webhook_retry(delivery_id, settlement.after_s)
             case "dead":
                 self.ledger.webhook_dead(delivery_id)
-
-
-def _traceparent(record: JobRecord[Any, Any, Any]) -> str | None:
-    """The trace that a job belongs to."""
-    return record.job.traceparent if isinstance(record.job, CustomizeJob) else None
 
 
 class Courier:

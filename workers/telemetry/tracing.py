@@ -4,8 +4,9 @@
                                   ├▶ queue
                                   ├▶ job ─▶ prepare, denoise, decode, commit
                                   └▶ webhook
+    POST /v1/trainings ─▶ accept ─▶ likewise, without a fetch; job ─▶ prepare, train, publish, commit
 
-The context travels in the job (`CustomizeJob.traceparent`, as W3C has it). With OTEL_EXPORTER_OTLP_ENDPOINT set and the
+The context travels in the job (its `traceparent`, as W3C has it). With OTEL_EXPORTER_OTLP_ENDPOINT set and the
 extra `traces` installed spans go there by OTLP over HTTP; else the API's own spans that do nothing are used, which
 still hand a caller's context on. Attributes say how much and how long: no prompt, URL, key or tenant. No torch.
 """
@@ -17,7 +18,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from opentelemetry import trace
@@ -25,7 +26,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import INVALID_SPAN, NoOpTracerProvider, Span, SpanKind, Tracer, TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from workers.jobs import CustomizeRecord
+from workers.jobs import CustomizeJob, JobRecord, TrainingJob
 
 Attribute = str | int | float | bool
 
@@ -105,7 +106,7 @@ class JobTrace:
         self._ended = False
         self._lock = threading.Lock()
 
-    def begin(self, record: CustomizeRecord) -> None:
+    def begin(self, record: JobRecord[CustomizeJob, Any, Any] | JobRecord[TrainingJob, Any, Any]) -> None:
         """The job is claimed and read: how long it has waited is known."""
         job, started = record.job, record.started_at or record.created_at
         context = context_of(job.traceparent)
@@ -116,21 +117,14 @@ class JobTrace:
             context,
             SpanKind.CONSUMER,
             start_time=_ns(started),
-            attributes={
-                "dreamserve.job_id": job.id,
-                "dreamserve.attempt": record.attempt,
-                "dreamserve.priority": job.priority,
-                "dreamserve.images": job.num_images,
-                "dreamserve.steps": job.sampling.num_inference_steps,
-                "dreamserve.references": len(job.references),
-            },
+            attributes={"dreamserve.job_id": job.id, "dreamserve.attempt": record.attempt, **_size(job)},
         )
 
     def phase(self, phase: str) -> None:
         """The phase before ends, this one begins."""
         name = _PHASES.get(phase, phase)
         with self._lock:
-            if self._ended or name == self._name:
+            if self._ended or name == self._name or self._job is INVALID_SPAN:
                 return
             self._phase.end()
             self._name = name
@@ -147,6 +141,18 @@ class JobTrace:
         self._phase.end()
         self._job.set_attribute("dreamserve.state", state)
         self._job.end()
+
+
+def _size(job: CustomizeJob | TrainingJob) -> dict[str, Attribute]:
+    """How much was asked for."""
+    if isinstance(job, TrainingJob):
+        return {}
+    return {
+        "dreamserve.priority": job.priority,
+        "dreamserve.images": job.num_images,
+        "dreamserve.steps": job.sampling.num_inference_steps,
+        "dreamserve.references": len(job.references),
+    }
 
 
 def _ns(seconds: float) -> int:

@@ -23,6 +23,7 @@ from typing import Any, Final, cast
 import redis
 import structlog
 from pydantic import ValidationError
+from structlog.contextvars import bound_contextvars
 
 from model.errors import ModelError
 from workers import queues
@@ -34,6 +35,7 @@ from workers.process import ConfigurationError, Station, WorkerProcess, find_url
 from workers.registry import Registry, RegistryError
 from workers.settings import TrainingSettings, describe_bad_settings
 from workers.telemetry.logs import configure_logging
+from workers.telemetry.tracing import JobTrace, Tracing, open_tracing
 from workers.training.export import ExportError
 from workers.training.metrics import TrainingMetrics
 from workers.training.recipes import Recipe, RecipeError
@@ -62,6 +64,7 @@ class TrainingRunner:
     settings: TrainingSettings
     worker: str
     metrics: TrainingMetrics = field(default_factory=TrainingMetrics.fresh)
+    tracing: Tracing = field(default_factory=Tracing.off)
     claim: Claim | None = None
     leaving: bool = False
 
@@ -83,7 +86,8 @@ class TrainingRunner:
         self.metrics.began()
         end: End = "lost"
         try:
-            end = _Attempt(self, ClaimedJob(self.ledger, self.claim, self.settings.commit_patience_s)).run()
+            claimed = ClaimedJob(self.ledger, self.claim, self.settings.commit_patience_s)
+            end = _Attempt(self, claimed, JobTrace(self.tracing)).run()
         finally:
             self.claim = None
             self.metrics.ended(end)
@@ -130,6 +134,7 @@ class _Attempt:
 
     runner: TrainingRunner
     claimed: ClaimedJob[TrainingJob, TrainingProgress, TrainingResult]
+    trace: JobTrace
     trainer: Trainer | None = None
     stopped: Stop | None = None
     losses: dict[str, float] = field(default_factory=dict[str, float])
@@ -139,25 +144,43 @@ class _Attempt:
 
     def run(self) -> End:
         """Train and write the end into the ledger; checkpoints stay for who may go on from them."""
-        end = self.claimed.end(self._make, training_error)
+        end: End = "lost"
+        try:
+            end = self.claimed.end(self._work, training_error)
+        finally:
+            self.trace.end(end)
         if end in ("succeeded", "canceled"):
             shutil.rmtree(self._directory, ignore_errors=True)
         elif end == "leaving":
             queues.ring_again(self.runner.client, TRAINING, self.claimed.claim.job_id)
         return end
 
-    def _make(self) -> TrainingResult:
-        job = self.claimed.read().job
+    def _work(self) -> TrainingResult:
+        """What there is to do before the end is written, in its trace, its lines in the log under its request."""
+        record = self.claimed.read()
+        self.trace.begin(record)
+        self.trace.phase("prepare")
+        try:
+            with bound_contextvars(job_id=record.job.id, request_id=record.job.request_id):
+                return self._make(record.job)
+        finally:
+            self.trace.phase("commit")
+
+    def _make(self, job: TrainingJob) -> TrainingResult:
         recipe = recipe_of(job, self.runner.settings)
         self.trainer = prepare(recipe, self._directory, self._on_step)
         if self.trainer.resume():
-            _LOG.info("training goes on", job_id=job.id, step=self.trainer.step)
+            _LOG.info("training goes on", step=self.trainer.step)
         if self.runner.leaving:
             self._stop("leaving")
         stage, _ = recipe.at(min(self.trainer.step, recipe.steps - 1))
         self._tell(TrainingProgress(stage.name, self.trainer.step, recipe.steps, {}, 0.0, 0.0))
-        if not self.trainer.run():
+        self.trace.phase("train")
+        whole = self.trainer.run()
+        self.trace.note(steps=self.trainer.step)
+        if not whole:
             raise StoppedError(self.stopped or "lost")
+        self.trace.phase("publish")
         exported = self.trainer.export()
         adapter = self.runner.registry.of(job.tenant).publish(job.adapter, exported.directory)
         return TrainingResult(adapter.name, adapter.version, self.trainer.step, self.losses)
@@ -247,14 +270,16 @@ def run_worker(settings: TrainingSettings, *, burst: bool = False) -> int:
         The exit code.
     """
     configure_logging(settings.log_level)
-    metrics = TrainingMetrics.fresh()
+    metrics, tracing = TrainingMetrics.fresh(), open_tracing("training-worker")
     try:
         station = open_station(settings)
         WorkerProcess(station, {"base_model": Path(settings.base_model).name}, settings, metrics.registry).run(
-            lambda name: _runner(settings, station, name, metrics), burst=burst
+            lambda name: _runner(settings, station, name, metrics, tracing), burst=burst
         )
     except ConfigurationError as error:
         return refuse(str(error))
+    finally:
+        tracing.flush()
     return 0
 
 
@@ -282,11 +307,11 @@ def sweep_runs(root: Path, max_age_s: float = _ABANDONED_S) -> None:
 
 
 def _runner(
-    settings: TrainingSettings, station: Station, name: str, metrics: TrainingMetrics
+    settings: TrainingSettings, station: Station, name: str, metrics: TrainingMetrics, tracing: Tracing
 ) -> tuple[TrainingRunner, dict[str, Any]]:
     client = station.connect()
     ledger = station.open_ledger(client)
-    return TrainingRunner(client, ledger, Registry(settings.adapter_root), settings, name, metrics), {}
+    return TrainingRunner(client, ledger, Registry(settings.adapter_root), settings, name, metrics, tracing), {}
 
 
 def main(arguments: list[str] | None = None) -> int:
