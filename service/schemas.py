@@ -168,7 +168,7 @@ class ProgressView(OutputBody):
 
 
 class QueueView(OutputBody):
-    position: int = Field(description="Jobs ahead of this one.")
+    position: int = Field(description="Jobs of all tenants ahead of this one, by estimate.")
     eta_s: float | None = Field(description="Seconds until it may start, by how fast jobs end now; null: unknown.")
 
 

@@ -189,9 +189,10 @@ class Ledger(Outboxes[JobT, ProgressT, ResultT]):
         return None if there or tenant is None else text_of(tenant)
 
     def position(self, job_id: str) -> int | None:
-        """How many queued jobs of all tenants are ahead of this queued one, as well as can be said.
+        """How many queued jobs of all tenants are ahead of this queued one, by estimate.
 
-        What waits in another tenant's line is not counted: it comes as that tenant's jobs end.
+        Counted are all in windows, and of each tenant's line as much as is before this one in its own: lines are let
+        in by turns, as windows empty. Right to within a window of each tenant, but for what is accepted later.
         """
         place: int = self._call(self._position, job_id)
         return None if place < 0 else place

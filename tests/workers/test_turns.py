@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from random import Random
 
 import pytest
 import redis
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from model.roles import Role
 from tests.workers.conftest import MakeJob
-from tests.workers.ledgers import boxed, make_due, record
+from tests.workers.ledgers import RESULT, boxed, make_due, record
 from workers.jobs import CUSTOMIZE, CustomizeJob, JobStatus, ReferenceInput, Webhook
 from workers.ledger import CustomizeLedger, Ledger
 
@@ -183,3 +184,48 @@ def test_turns_are_fair_whatever_happens(
                 assert fetch.job_id == waiting[fetch.tenant].pop(0)
                 held[fetch.tenant] += 1
                 assert held[fetch.tenant] <= part
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(waiting=st.lists(st.integers(0, 25), min_size=2, max_size=4), shuffled=st.randoms(use_true_random=False))
+def test_the_place_in_line_counts_the_others(
+    client: redis.Redis, make_job: MakeJob, waiting: list[int], shuffled: Random
+) -> None:
+    """What is told at first is what comes true, give or take a window of each tenant: by a worker that takes what RQ
+    would hand out.
+    """
+    client.flushall()
+    client.config_set("appendfsync", "no")
+    window = 2
+    ledger: CustomizeLedger = Ledger(client, CUSTOMIZE, tenant_window=window)
+    jobs = [(f"job_{tenant}_{number}", f"t{tenant}") for tenant, many in enumerate(waiting) for number in range(many)]
+    shuffled.shuffle(jobs)
+    handed: list[str] = []
+    for job_id, tenant in jobs:
+        if ledger.accept(make_job(job_id, tenant=tenant)).called:
+            handed.append(job_id)
+            ledger.rung([job_id])
+    told = {job_id: ledger.position(job_id) for job_id, _ in jobs}
+    for place in range(len(jobs)):
+        job_id = handed.pop(0)
+        guess = told[job_id]
+        assert guess is not None and abs(guess - place) <= window * len(waiting)
+        now = ledger.position(job_id)
+        assert now is not None and now <= window * len(waiting), "and at the end that it is about to begin"
+        token = ledger.claim(job_id, "w")
+        assert token is not None and ledger.commit(job_id, token, RESULT)
+        handed += ledger.to_ring()
+        ledger.rung(handed)
+    assert not client.exists(f"{CUSTOMIZE.root}lines")
+    client.config_set("appendfsync", "always")
+
+
+def test_a_small_tenants_place_does_not_grow_with_anothers_flood(ledger: CustomizeLedger, make_job: MakeJob) -> None:
+    """Its second job comes in the second round, however long the other's line is; the flood's last waits for all."""
+    ledger = Ledger(ledger.redis, CUSTOMIZE, tenant_window=1)
+    for number in range(100):
+        ledger.accept(make_job(f"job_{number}", tenant="a"))
+    for job_id in ("job_first", "job_second", "job_third"):
+        ledger.accept(make_job(job_id, tenant="b"))
+    assert [ledger.position(job_id) for job_id in ("job_first", "job_second", "job_third")] == [1, 2, 4]
+    assert ledger.position("job_99") == 2 + 98 + 2

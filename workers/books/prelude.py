@@ -9,6 +9,7 @@ Keys under one root (a single Redis, not a cluster):
     jobs[:<tenant>]     every known id by seq (order of acceptance)
     status:<status>[:<tenant>]   the ids in that state by seq
     line:<tenant>       queued ids that wait for a place in their tenant's window, by seq
+    lines               set of tenants that have a line
     window:<tenant>     set of ids that are in RQ or running
     calling             queued ids in a window, for which RQ should hold a delivery, by seq
     to_ring             outbox: ids to be rung for, by the second from which they may be taken
@@ -119,12 +120,13 @@ local function let_in(tenant)
   local line, open = root .. 'line:' .. tenant, root .. 'window:' .. tenant
   while redis.call('SCARD', open) < window do
     local first = redis.call('ZPOPMIN', line)
-    if not first[1] then return end
+    if not first[1] then break end
     redis.call('SADD', open, first[1])
     redis.call('ZADD', root .. 'calling', first[2], first[1])
     redis.call('ZADD', root .. 'to_ring', stamp(now), first[1])
     set(first[1], 'queued_at', stamp(now))
   end
+  redis.call(redis.call('EXISTS', line) == 1 and 'SADD' or 'SREM', root .. 'lines', tenant)
 end
 
 local function weigh(tenant, cost)

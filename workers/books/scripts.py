@@ -209,8 +209,14 @@ local id = ARGV[3]
 if get(id, 'status') ~= 'queued' then return -1 end
 local rank = redis.call('ZRANK', root .. 'calling', id)
 if rank then return rank end
-local line = root .. 'line:' .. tenant_of(id)
-return redis.call('ZCARD', root .. 'calling') + (redis.call('ZRANK', line, id) or redis.call('ZCARD', line))
+local tenant = tenant_of(id)
+local line = root .. 'line:' .. tenant
+local before = redis.call('ZRANK', line, id) or redis.call('ZCARD', line)
+local ahead = redis.call('ZCARD', root .. 'calling') + before
+for _, other in ipairs(redis.call('SMEMBERS', root .. 'lines')) do
+  if other ~= tenant then ahead = ahead + math.min(before, redis.call('ZCARD', root .. 'line:' .. other)) end
+end
+return ahead
 """
 
 ENDED = f"""{PRELUDE}
