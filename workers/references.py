@@ -117,7 +117,9 @@ class References:
     def delete(self, tenant: str, ref_id: str) -> bool:
         """Remove a tenant's reference, its file and what workers keep of it; False if there is none.
 
-        Jobs that have read it go on; those that come to it later fail with `artifact_missing`.
+        It is the bytes that go, however a job of this tenant came to name them: who asks for a picture to be deleted
+        does not mean one of its names. Jobs that have read them go on; those that come to them later fail with
+        `artifact_missing`, and can be submitted again with the picture.
 
         Raises:
             ArtifactError: `storage_unavailable`: it is still there.

@@ -79,7 +79,10 @@ def get_reference(gateway: GatewayDependency, tenant: TenantDependency, id: Refe
     summary="Delete an uploaded reference and all that was made of it",
 )
 def delete_reference(gateway: GatewayDependency, tenant: TenantDependency, id: ReferenceId) -> None:
-    """Its file goes, and what workers keep of it. Jobs that have read it go on; those still queued will fail."""
+    """Its file goes, and what workers keep of it. Jobs that have read it go on; those still queued will fail.
+
+    It is the picture that goes: also for your queued jobs that sent the same bytes themselves or by a URL.
+    """
     if not gateway.references.delete(tenant, id):
         raise Problem("not_found")
 

@@ -24,6 +24,7 @@ from service.commands.serving import http_config
 from service.connections import Deadlines
 from tests.service.conftest import Bench, data_url, picture, reference, settings
 from tests.waiting import wait_for
+from workers.artifacts import ArtifactError
 from workers.redis_process import RedisProcess
 from workers.tenants import TenantBook
 
@@ -166,6 +167,30 @@ def test_deleting_that_broke_off_can_be_done_again(bench: Bench, monkeypatch: py
     moved.rename(folder)
     assert bench.client.delete(f"/v1/references/{said['id']}").status_code == 204
     assert stored(bench) == []
+
+
+def test_a_deletion_is_of_the_picture(bench: Bench) -> None:
+    """The same bytes that a queued job of this tenant has sent itself are gone too, and can be sent again. Control:
+    those of another tenant, and another picture, stay.
+    """
+    body = {"prompt": "a", "references": [{"image": data_url(picture()), "role": "subject"}]}
+    other = {"prompt": "a", "references": [{"image": data_url(picture(size=(9, 9))), "role": "subject"}]}
+    keys: list[str] = []
+    for sent in (body, other):
+        record = bench.ledger.get(bench.submit(**sent)["id"])
+        assert record is not None
+        keys.append(record.job.references[0].image)
+    assert bench.store.put("neighbour", picture()) == keys[0]
+    said = bench.client.post("/v1/references", content=picture(), headers={"Content-Type": "image/png"}).json()
+    assert said["sha256"] == keys[0]
+    assert bench.client.delete(f"/v1/references/{said['id']}").status_code == 204
+    with pytest.raises(ArtifactError, match="send it again") as caught:
+        bench.store.read("default", keys[0])
+    assert caught.value.code == "artifact_missing"
+    assert bench.store.read("neighbour", keys[0]) == picture()
+    assert bench.store.read("default", keys[1]) == picture(size=(9, 9))
+    bench.submit(**body)
+    assert bench.store.read("default", keys[0]) == picture()
 
 
 def test_file_that_has_gone_is_no_reference(bench: Bench) -> None:
