@@ -33,6 +33,10 @@ from model.text import check_rows
 from model.transformer import EmbeddingTables, Network
 
 _LOG = logging.getLogger(__name__)
+_MISMATCH = (
+    "The adapter is made for another base model than the one that is served: name another adapter, or train it anew on "
+    "this base."
+)
 
 
 class ChangedLinear(nn.Module):
@@ -133,12 +137,17 @@ class LoadedAdapter:
         )
 
 
-def load_adapter(model: LoadedModel, served: Adaptation, file: Path) -> LoadedAdapter:
+def load_adapter(model: LoadedModel, served: Adaptation, file: Path, made_for: str | None = None) -> LoadedAdapter:
     """Read an adapter for a model that is served.
+
+    Args:
+        made_for: fingerprint of the base that it was trained on; None: nobody knows, and its shapes alone tell.
 
     Raises:
         AdapterError: `adapter_mismatch`, `adapter_corrupt` (the file is no adapter), `adapter_base_missing`.
     """
+    if made_for is not None and model.base is not None and made_for != model.base:
+        raise AdapterError("adapter_mismatch", _MISMATCH)
     try:
         adapter = read_adapter(file)
         main = _main(model) if adapter.embeddings else None
@@ -147,7 +156,7 @@ def load_adapter(model: LoadedModel, served: Adaptation, file: Path) -> LoadedAd
     except WeightsError as error:
         _LOG.warning("an adapter cannot be used (%s): %s", error.code, error.message)
         if error.code in ("weights_key_missing", "weights_shape"):
-            raise AdapterError("adapter_mismatch", "The adapter is made for another base model.") from error
+            raise AdapterError("adapter_mismatch", _MISMATCH) from error
         raise AdapterError("adapter_corrupt", "The adapter's file cannot be read: register it again.") from error
     device, dtype = served.tables.type.device, served.tables.type.dtype
     moved = {

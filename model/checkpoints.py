@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from model.adapters import EMBEDDINGS, MAIN, Adapter, AdapterFile, fuse, read_adapter, stack
 from model.errors import WeightsError
+from model.fingerprints import fingerprint_of
 from model.precision import check_device, quantized
 from model.schedule import ShiftRule, read_shift_rule
 from model.spec import ModelSpec, Version, load_spec, own_version
@@ -102,6 +103,7 @@ class LoadedModel:
 
     Attributes:
         main: DreamO's main file, as it is fused into the transformer; None if it is not at hand.
+        base: fingerprint of the transformer without adapters; None if that is not at hand and was not noted.
     """
 
     spec: ModelSpec
@@ -111,6 +113,7 @@ class LoadedModel:
     codec: LatentCodec
     shift: ShiftRule
     main: Path | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,7 @@ def _assemble(source: ModelSource, fused: FusedTransformer) -> LoadedModel:
     for network in (fused.transformer, text.t5, text.clip, vae):
         cast("torch.nn.Module", network).to(device).eval().requires_grad_(False)
     shift = read_shift_rule(base / "scheduler" / "scheduler_config.json")
-    return LoadedModel(spec, fused.transformer, tables, text, LatentCodec(vae), shift, fused.main)
+    return LoadedModel(spec, fused.transformer, tables, text, LatentCodec(vae), shift, fused.main, _base_of(source))
 
 
 def quiet_libraries() -> None:
@@ -228,6 +231,16 @@ def _main_of(source: ModelSource) -> Path | None:
     return file if file.is_file() else None
 
 
+def _base_of(source: ModelSource) -> str | None:
+    """The base's fingerprint; what is fused already has noted which one it was made of."""
+    if source.fused is not None:
+        with safe_open(source.fused / FUSED_EMBEDDINGS, framework="pt") as opened:
+            noted = json.loads((opened.metadata() or {}).get("recipe", "{}"))
+        if "base" in noted:
+            return noted["base"]
+    return fingerprint_of(resolve_base(source.base_model) / "transformer")
+
+
 def write_fused(source: ModelSource, out: Path) -> None:
     """Fuse once and write `transformer/` (diffusers layout), the embedding tensors and how they were made.
 
@@ -241,6 +254,7 @@ def write_fused(source: ModelSource, out: Path) -> None:
     fused.transformer.save_pretrained(out / "transformer", safe_serialization=True)
     recipe = {
         "base_model": source.base_model,
+        "base": _base_of(source),
         "version": source.version or own_version(source.base_model),
         "turbo": source.turbo,
         "dtype": str(source.torch_dtype()).removeprefix("torch."),

@@ -165,13 +165,16 @@ class Pipeline:
         pixels.setflags(write=False)
         return PreparedReference(reference.slot, reference.role, pixels)
 
-    def load_adapter(self, file: Path) -> LoadedAdapter:
+    def load_adapter(self, file: Path, made_for: str | None = None) -> LoadedAdapter:
         """Read an adapter's file onto the device. What is served stays as it is; nobody waits for it but the caller.
+
+        Args:
+            made_for: fingerprint of the base it was trained on, if that is known.
 
         Raises:
             AdapterError: see `adapted.load_adapter`.
         """
-        return load_adapter(self.model, Adaptation(self._network, self.model.tables), file)
+        return load_adapter(self.model, Adaptation(self._network, self.model.tables), file, made_for)
 
     def encode(
         self, request: ImageRequest, prepared: Sequence[PreparedReference], adaptation: Adaptation | None = None

@@ -22,8 +22,8 @@ class GatewaySettings(QueueSettings):
         share_s: estimated GPU-seconds that a tenant without a share of its own may have waiting and running; the
             operator's own tenant, `default`, has no such limit.
         bound_s: what all may have together.
-        training_sample_s: seconds of the device that a training's sample is estimated to take. A tenant's trainings
-            count against its share by themselves, apart from its jobs.
+        training_sample_s: seconds of the device that a training's sample is estimated to take (README: FLUX.1-dev at
+            1024² on an H200). A tenant's trainings count against its share by themselves, apart from its jobs.
         tenant_submissions, tenant_waits, tenant_streams: requests with a body (jobs, trainings, pictures), answers that
             wait for a job, and event streams that a tenant may have in hand here at a time; `default` has no limit.
         step_token_s, step_square_s: seconds of a denoise step per token and per token²; see `limits`.
@@ -43,7 +43,7 @@ class GatewaySettings(QueueSettings):
     admissions: int = Field(default=2, gt=0)
     share_s: float = Field(default=3600.0, gt=0)
     bound_s: float = Field(default=14_400.0, gt=0)
-    training_sample_s: float = Field(default=0.4, gt=0)
+    training_sample_s: float = Field(default=0.65, gt=0)
     tenant_submissions: int = Field(default=32, ge=1)
     tenant_waits: int = Field(default=256, ge=1)
     tenant_streams: int = Field(default=256, ge=1)

@@ -64,6 +64,12 @@ class PublishedAdapter:
     owner: str = SOLE_TENANT
 
     @property
+    def base(self) -> str | None:
+        """Fingerprint of the base model that it was trained on; None of what was trained elsewhere or earlier."""
+        base: Any = self.card.get("base")
+        return base if isinstance(base, str) else None
+
+    @property
     def file(self) -> Path:
         """What the version is the digest of."""
         return _file_in(self.directory) or self.directory / MAIN

@@ -22,6 +22,7 @@ from model.adapters import MAIN, fuse, read_adapter
 from model.checkpoints import LoadedModel, ModelSource, load_model, load_part, write_fused
 from model.errors import AdapterError
 from model.fabricate import TINY, TINY_SPEC, write_model
+from model.fingerprints import fingerprint_of
 from model.network import fused
 from model.pipeline import Pipeline
 from model.precision import quantized
@@ -344,6 +345,27 @@ def test_an_adapter_for_another_base_is_refused(pipeline: Pipeline, dreamo: Path
     (tmp_path / "h.safetensors").write_bytes(b"no tensors")
     codes = [refusal(pipeline, tmp_path / f"{name}.safetensors") for name in "bcdefgh"]
     assert codes == ["adapter_mismatch"] * 6 + ["adapter_corrupt"]
+
+
+def test_an_adapter_that_was_trained_on_another_base_is_refused(
+    source: ModelSource, pipeline: Pipeline, dreamo: Path, tmp_path: Path
+) -> None:
+    """Although its shapes fit: its card says so. Control: for this base, or by a card that says nothing, it is loaded.
+    A fused model knows which base it was made of, also without that base's files.
+    """
+    base = pipeline.model.base
+    assert base == fingerprint_of(Path(source.base_model) / "transformer")
+    with pytest.raises(AdapterError, match="name another adapter, or train it anew") as caught:
+        pipeline.load_adapter(dreamo / MAIN, "0" * 32)
+    assert caught.value.code == "adapter_mismatch"
+    for known in (base, None):
+        assert pipeline.load_adapter(dreamo / MAIN, known).nbytes > 0
+    write_fused(source, tmp_path / "fused")
+    bare = tmp_path / "bare"
+    shutil.copytree(source.base_model, bare)
+    for file in (bare / "transformer").glob("*.safetensors"):
+        file.unlink()
+    assert load_model(replace(source, base_model=str(bare), fused=tmp_path / "fused")).base == base
 
 
 def test_a_fused_model_needs_dreamos_own_file(

@@ -85,7 +85,7 @@ class StandinPipeline:
     def prepare_reference(self, reference: Reference) -> Any:
         return reference
 
-    def load_adapter(self, file: Path) -> Any:
+    def load_adapter(self, file: Path, made_for: str | None = None) -> Any:  # noqa: ARG002
         raise WeightsError("adapter_mismatch", f"nothing in a stand-in could be changed by {file.name}")
 
     def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:

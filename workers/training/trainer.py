@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.checkpoints import LoadedModel
+from model.fingerprints import fingerprint_of
 from model.losses import LossCounts, Losses, LossWeights
 from workers.training import sheets
 from workers.training.adapting import add_adapter, changes
@@ -187,13 +188,15 @@ class Trainer:
 
         For the process that leads.
         """
+        base = self.model.base
         if any(stage.train == "base" for stage in self.recipe.stages):
             write_transformer(self.directory / "transformer", self.model.transformer)
+            base = fingerprint_of(self.directory / "transformer")
         return write_adapter(
             self.directory / "adapter",
             changes(self.model.transformer),
             self.objective.embeddings.tables(),
-            {**self._facts(), "steps": self._now.step},
+            {**self._facts(), "steps": self._now.step, "base": base},
         )
 
     def _one(self, stage: Stage, within: int) -> None:

@@ -222,3 +222,24 @@ def test_jobs_of_all_kinds_at_once(runner: JobRunner, shop: Shop, tmp_path: Path
         assert record.status is JobStatus.SUCCEEDED and record.result is not None
         (image,) = record.result.images
         assert shop.store.read_picture(image.name, image.sha256) == shop.alone(job)
+
+
+def test_a_job_with_an_adapter_of_another_base(runner: JobRunner, shop: Shop, tmp_path: Path) -> None:
+    """It fails and says what helps, although the file would fit. Control: under a card of this base it draws."""
+    there = {"theirs": "0" * 32, "ours": shop.pipeline.model.base, "unknown": None}
+    file = tmp_path / MAIN
+    for name, base in there.items():
+        shop.registry.add(name, file, whole=True, card={"base": base})
+    for name in there:
+        runner.ledger.accept(replace(shop.asking(shop.registry.locate(name), 1.0), id=f"job_{name}"))
+        runner.run(f"job_{name}")
+    assert runner.wait(60)
+    records = {name: runner.ledger.get(f"job_{name}") for name in there}
+    assert {name: record.status for name, record in records.items() if record} == {
+        "theirs": JobStatus.FAILED,
+        "ours": JobStatus.SUCCEEDED,
+        "unknown": JobStatus.SUCCEEDED,
+    }
+    assert records["theirs"] and records["theirs"].error
+    assert records["theirs"].error.code == "adapter_mismatch"
+    assert "name another adapter" in records["theirs"].error.message

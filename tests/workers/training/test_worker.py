@@ -18,6 +18,8 @@ import redis
 import torch
 from safetensors.torch import load_file
 
+from model.checkpoints import SHIPPED
+from model.fingerprints import fingerprint_of
 from tests.waiting import wait_for
 from workers import queues
 from workers.jobs import TRAINING, JobStatus, TrainingJob, TrainingRecord
@@ -224,6 +226,7 @@ def test_a_published_adapter_is_what_was_trained(yard: Yard) -> None:
     tensors = load_file(adapter.directory / "dreamo.safetensors")
     ups = [tensor for name, tensor in tensors.items() if name.endswith("up.weight")]
     assert ups and all(tensor.abs().max() > 0 for tensor in ups)
+    assert adapter.base == fingerprint_of(SHIPPED / "transformer"), "on what it was trained"
     assert adapter.card["steps"] == STEPS and set(result.losses) >= {"flow"}
 
 
