@@ -122,7 +122,7 @@ class Pipeline:
         return self._num_lanes
 
     def settle_thread(self) -> None:
-        """For a thread that prepares or finishes beside the forwards: where lanes have a core each, it takes one too."""
+        """For a thread that prepares or finishes beside the forwards: one core where lanes have one each."""
         if self._num_lanes > 1:
             torch.set_num_threads(1)
 
