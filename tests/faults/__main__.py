@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.faults.campaign import Plan, run_campaign
 from tests.faults.checker import check, table
+from tests.faults.clients import WINDOW
 from tests.faults.drills import CONTROLS, KILLS, STOPS, run_drills
 from tests.faults.promises import described, try_cancels, try_flood, try_leaving, try_sharing
 
@@ -48,10 +49,9 @@ def main() -> int:
         good = good and not drilled.verdict.violations
     if asked.controls:
         for variant, fault in CONTROLS.items():
-            home = _home(out, variant)
-            drilled = run_drills(home, [fault] * asked.controls, variant=variant, lease_s=1.0, seed=asked.seed)
-            print(f"control {variant}: caught {drilled.caught} of {drilled.drills}")
-            good = good and drilled.caught >= 0.95 * drilled.drills
+            caught = _control(out, variant, fault, asked.controls, asked.seed)
+            print(f"control {variant}: caught {caught} of {asked.controls}", flush=True)
+            good = good and caught >= 0.95 * asked.controls
     for number, act in (
         (asked.cancels, try_cancels),
         (asked.leaves, try_leaving),
@@ -63,6 +63,16 @@ def main() -> int:
             print(described(tried), flush=True)
             good = good and not tried.broken
     return 0 if good else 1
+
+
+def _control(out: Path, variant: str, fault: str, number: int, seed: int) -> int:
+    """How many drills are caught, few at a time: a job that is lost for good keeps its place in its tenant's window."""
+    caught = 0
+    for first in range(0, number, WINDOW):
+        plans = [fault] * min(WINDOW, number - first)
+        home = _home(out, f"{variant}-{first}")
+        caught += run_drills(home, plans, variant=variant, lease_s=1.0, seed=seed + first).caught
+    return caught
 
 
 def _home(out: Path, name: str) -> Path:
