@@ -16,6 +16,7 @@ from service.events import Watcher
 from service.limits import StepCost
 from service.metrics import GatewayMetrics
 from service.readiness import Readiness
+from service.reading import Reader
 from service.records import DrainGauge
 from service.settings import GatewaySettings
 from service.trainings import TrainingAdmission
@@ -47,6 +48,7 @@ class Gateway:
     registry: Registry
     decoding: anyio.CapacityLimiter
     watcher: Watcher
+    reader: Reader
     gauge: DrainGauge
     training_gauge: DrainGauge
     metrics: GatewayMetrics
@@ -68,6 +70,7 @@ def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
     ledger = open_ledger(client, CUSTOMIZE, settings)
     admission = _admission(settings, spec, client, ledger)
     trainings = TrainingAdmission(settings, open_ledger(client, TRAINING, settings), admission.webhooks)
+    gauge = DrainGauge(ledger)
     metrics = GatewayMetrics.fresh()
     metrics.watch({CUSTOMIZE.queue: ledger, TRAINING.queue: trainings.ledger}, tenants=settings.metrics_tenants)
     return Gateway(
@@ -83,7 +86,8 @@ def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
         registry=admission.registry,
         decoding=anyio.CapacityLimiter(settings.admissions),
         watcher=Watcher(ledger),
-        gauge=DrainGauge(ledger),
+        reader=Reader(ledger, gauge),
+        gauge=gauge,
         training_gauge=DrainGauge(trainings.ledger),
         metrics=metrics,
         tracing=tracing,
@@ -107,7 +111,7 @@ def _admission(settings: GatewaySettings, spec: ModelSpec, client: redis.Redis, 
     )
 
 
-def _gateway(request: Request) -> Gateway:
+async def _gateway(request: Request) -> Gateway:  # a plain function would take a thread
     return request.app.state.gateway
 
 

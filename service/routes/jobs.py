@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from math import ceil
-from typing import Annotated, Any
+from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
+from fastapi import APIRouter, Depends, Header, Request, Response, status
 from fastapi.responses import StreamingResponse
 
 from service.auth import TenantDependency, tenant_of
 from service.events import stream
 from service.gateway import Gateway, GatewayDependency
-from service.headers import MAX_WAIT_S, JobHeaders, JobHeadersDependency, names
+from service.headers import JobHeaders, JobHeadersDependency
 from service.intake import parse_json, read_body, validate
 from service.openapi import CUSTOMIZE_BODY, problems
 from service.problems import Problem
+from service.reading import Seen
 from service.records import PageDependency, RecordId, cancel, found, place_in_queue
+from service.routes.polling import add_job, awaited
 from service.schemas import JobBody, JobList, Liveness, ModelList, Readiness
 from service.submissions import Submitted, Terms, accepted, point_to, replayed
-from service.views import job_body, job_etag, model_body
+from service.views import job_body, model_body
 from workers import queues
 from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, JobResult, Progress
 from workers.telemetry.tracing import traceparent_of
@@ -60,7 +60,7 @@ async def customize(
     submitted = await to_thread.run_sync(admit, limiter=gateway.decoding)
     record = submitted.record
     if headers.wait_s:
-        record = await _awaited(gateway, record, headers.wait_s, lambda now: now.status.terminal)
+        record = (await awaited(gateway, Seen(record), headers.wait_s, lambda now: now.status.terminal)).record
         response.headers["Preference-Applied"] = f"wait={headers.wait_s}"
         if record.status.terminal:
             response.status_code = status.HTTP_200_OK
@@ -94,35 +94,7 @@ def list_jobs(gateway: GatewayDependency, tenant: TenantDependency, page: PageDe
     return JobList(jobs=[_body(gateway, record) for record in records], next_cursor=following)
 
 
-@router.get(
-    "/v1/jobs/{id}",
-    responses={
-        304: {"description": "Nothing happened to it: If-None-Match names its ETag."},
-        **problems(404, 410, 422, 503),
-    },
-    response_model=JobBody,
-    summary="A job's state, progress and result",
-)
-async def get_job(
-    gateway: GatewayDependency,
-    tenant: TenantDependency,
-    id: RecordId,
-    request: Request,
-    response: Response,
-    wait: Annotated[int, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for its end; see below.")] = 0,
-) -> JobBody | Response:
-    """With `wait`, the answer comes when the job has ended; with If-None-Match too, when anything happens to it."""
-    known = request.headers.get("if-none-match")
-
-    def enough(now: CustomizeRecord) -> bool:
-        return now.status.terminal or (known is not None and not names(known, job_etag(now)))
-
-    record = await to_thread.run_sync(found, gateway.ledger, id, tenant)
-    record = await _awaited(gateway, record, wait, enough)
-    response.headers["ETag"] = job_etag(record)
-    if known is not None and names(known, response.headers["ETag"]):
-        return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers={"ETag": job_etag(record)})
-    return await to_thread.run_sync(_body, gateway, record)
+add_job(router)
 
 
 @router.get(
@@ -143,22 +115,21 @@ async def follow_job(
     last_event_id: Annotated[str | None, Header(description="Go on after this event.")] = None,
 ) -> Response:
     """Server-sent events up to the one that ends the job. `reset`, whose data is the whole job: some are missing."""
-    ledger = gateway.ledger
 
-    def current() -> CustomizeRecord:
-        tenant_of(request)
-        return found(ledger, id, tenant)
+    async def current() -> Seen:
+        await tenant_of(request)
+        return await gateway.reader.read(id, tenant)
 
-    async def body() -> Any:
-        return (await to_thread.run_sync(lambda: _body(gateway, current()))).model_dump(mode="json")
+    async def body() -> str:
+        seen = await current()
+        return job_body(seen.record, queue=seen.queue, ttl_s=gateway.settings.job_ttl_s).model_dump_json()
 
-    record = await to_thread.run_sync(current)
-    events, gap = await to_thread.run_sync(ledger.events, id, last_event_id, 1)
+    record = (await gateway.reader.read(id, tenant)).record
+    events, gap = await to_thread.run_sync(gateway.ledger.events, id, last_event_id, 1)
     if not events and (record.status.terminal or gap):
         return Response(status_code=status.HTTP_204_NO_CONTENT)
     known = int(events[0].id) - 1 if events else int(last_event_id or 0)
-    allowed = partial(to_thread.run_sync, current, limiter=gateway.watcher.checks)
-    told = gateway.metrics.counted(stream(gateway.watcher, id, known, missed=gap, body=body, allowed=allowed))
+    told = gateway.metrics.counted(stream(gateway.watcher, id, known, missed=gap, body=body, allowed=current))
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(told, media_type="text/event-stream", headers=headers)
 
@@ -217,18 +188,3 @@ def _body(gateway: Gateway, record: CustomizeRecord) -> JobBody:
 def _poll_after_s(body: JobBody) -> int:
     eta_s = body.queue.eta_s if body.queue else None
     return max(POLL_AFTER_S, min(MAX_POLL_AFTER_S, ceil(eta_s or 0)))
-
-
-async def _awaited(
-    gateway: Gateway, record: CustomizeRecord, seconds: float, enough: Callable[[CustomizeRecord], bool]
-) -> CustomizeRecord:
-    """The record once it is enough, or as it is when the time is up."""
-    if not seconds or enough(record):
-        return record
-    deadline = time.monotonic() + seconds
-    job = record.job
-    with gateway.watcher.watch(job.id) as watch:
-        while not enough(record) and (left := deadline - time.monotonic()) > 0 and not gateway.watcher.leaving:
-            if await watch.next(left):
-                record = await to_thread.run_sync(found, gateway.ledger, job.id, job.tenant)
-    return record

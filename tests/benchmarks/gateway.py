@@ -20,6 +20,7 @@ from tests.benchmarks.traffic.servers import STATES, Bench, attacks, bench
 SUBMISSIONS, SUBMITTING = 60, 4
 """Requests a round, and connections."""
 READS, READING = 3000, 16
+FORMATS = ("jpeg", "png")
 RATE, SECONDS = 200.0, 10.0
 """Of the valid traffic."""
 SUBMITTED = 20
@@ -37,7 +38,7 @@ def run(device: str, rounds: int) -> list[Figure]:
 def submissions(both: Bench, rounds: int, device: str) -> list[Figure]:
     """With three references of about 300 kB each, no two alike; and the same ones again and again."""
     found: list[Figure] = []
-    for format in ("jpeg", "png"):
+    for format in FORMATS:
         pictures = distinct(format)
         same = [next(pictures) for _ in range(3)]
         rows = {
@@ -53,7 +54,9 @@ def submissions(both: Bench, rounds: int, device: str) -> list[Figure]:
 
 def reads(both: Bench, rounds: int, device: str) -> list[Figure]:
     """Of queued, running and ended jobs in turn, over connections that stay open."""
-    by_state = {state: [request("GET", f"/v1/jobs/{job}", both.headers) for job in both.jobs[state]] for state in STATES}
+    by_state = {
+        state: [request("GET", f"/v1/jobs/{job}", both.headers) for job in both.jobs[state]] for state in STATES
+    }
     mixed = [message for triple in zip(*by_state.values(), strict=True) for message in triple]
     stock = [request("GET", f"/v1/jobs/{job}", {}) for jobs in zip(*both.jobs.values(), strict=True) for job in jobs]
     tagged: list[bytes] = []
@@ -111,7 +114,9 @@ def posts(pictures: Iterator[bytes], format: str, headers: dict[str, str], numbe
 
 def traffic(both: Bench) -> Iterator[tuple[str, bytes]]:
     """What an ordinary caller does: mostly ask how it goes."""
-    messages = repeated([request("GET", f"/v1/jobs/{job}", both.headers) for jobs in both.jobs.values() for job in jobs])
+    messages = repeated(
+        [request("GET", f"/v1/jobs/{job}", both.headers) for jobs in both.jobs.values() for job in jobs]
+    )
     pictures = posts(distinct("jpeg"), "jpeg", both.headers, number=1)
     return (
         ("submission", next(pictures)) if number % SUBMITTED == 0 else ("status read", next(messages))

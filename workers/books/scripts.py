@@ -30,6 +30,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from workers.books.values import FIELDS
+
 TALLY_BOUNDS_S: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 """Upper bounds of the tally's durations."""
 RING_LEASE_S: Final = 5
@@ -353,14 +355,22 @@ end
 return waiting
 """
 
-POSITION = f"""{PRELUDE}
-local id = ARGV[3]
-if get(id, 'status') ~= 'queued' then return -1 end
-local rank = redis.call('ZRANK', root .. 'calling', id)
-if rank then return rank end
-local line = root .. 'line:' .. tenant_of(id)
-return redis.call('ZCARD', root .. 'calling') + (redis.call('ZRANK', line, id) or redis.call('ZCARD', line))
+LOOK = f"""
+local root, found = KEYS[1], {{}}
+for index, id in ipairs(ARGV) do
+  local values = redis.call('HMGET', root .. 'job:' .. id, 'status', 'tenant', {", ".join(f"'{name}'" for name in FIELDS)})
+  local status, line, place, gone = values[1], root .. 'line:' .. (values[2] or ''), false, false
+  if status == 'queued' then
+    place = redis.call('ZRANK', root .. 'calling', id)
+      or redis.call('ZCARD', root .. 'calling') + (redis.call('ZRANK', line, id) or redis.call('ZCARD', line))
+  elseif not status then
+    gone = redis.call('GET', root .. 'gone:' .. id)
+  end
+  found[index] = {{place, gone, values}}
+end
+return found
 """
+"""For many jobs at once: the place of a queued one, whose it was if it is gone, and its record."""
 
 ENDED = f"""{PRELUDE}
 return redis.call('ZCOUNT', root .. 'expiring', stamp(now + ttl - tonumber(ARGV[3])), '+inf')

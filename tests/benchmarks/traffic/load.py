@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import selectors
 import socket
@@ -58,7 +59,7 @@ class Burst:
         Raises:
             RuntimeError: an answer has another status.
         """
-        with selectors.DefaultSelector() as ready, _connected(self.server.port, self.connections) as peers:
+        with _in_no_hurry(), selectors.DefaultSelector() as ready, _connected(self.server.port, self.connections) as peers:
             for peer in peers:
                 ready.register(peer, selectors.EVENT_READ)
                 peer.sendall(next(self.requests))
@@ -80,7 +81,9 @@ class Burst:
         return (self.server.seconds() - before) / self.count
 
 
-def paced(server: Server, requests: Iterator[tuple[str, bytes]], rate: float, seconds: float) -> list[tuple[str, float]]:
+def paced(
+    server: Server, requests: Iterator[tuple[str, bytes]], rate: float, seconds: float
+) -> list[tuple[str, float]]:
     """Requests at a fixed rate, whatever the answers take: what each is, and seconds from when it was due to its answer.
 
     Who was to come while another waited is not forgiven: that it came later counts as its own waiting.
@@ -168,6 +171,19 @@ def until_it_answers(server: Server, message: bytes, alive: Callable[[], bool]) 
         except OSError:  # nobody listens yet
             time.sleep(0.05)
     raise RuntimeError("the server has ended")
+
+
+@contextmanager
+def _in_no_hurry() -> Iterator[None]:
+    """On a core that both share, the server goes on after an answer, as it would on one of its own."""
+    if not hasattr(os, "SCHED_BATCH"):
+        yield
+        return
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 @contextmanager
