@@ -85,6 +85,8 @@ def _png(data: bytes) -> Essence:
     rows.read(pixels)
     if rows.left > 0:
         raise ValueError("rows are missing")
+    if rows.color == _PALETTE and b"PLTE" not in names:
+        raise ValueError("the palette is missing")
     plain = names == [b"IHDR", *[b"iCCP"] * (b"iCCP" in names), *[b"IDAT"] * len(pixels), b"IEND"]
     return Essence(b"".join(kept), _first_orientation(data, iter(exif)), proven=plain and rows.proven)
 
@@ -92,8 +94,8 @@ def _png(data: bytes) -> Essence:
 class _Rows:
     """The rows of a PNG, each with its filter in front, inflated once by pieces and not kept.
 
-    `left`: bytes that are missing. `proven`: every row begins with a filter that exists, and with the last row the stream
-    ends, its checksum right; then all that a decoder still has to do to grey or true colour is to add up bytes.
+    `left`: bytes that are missing. `proven`: every row begins with a filter that exists, and with the last row the
+    stream ends, its checksum right; then all that a decoder still has to do to grey or true colour is to add bytes.
     """
 
     def __init__(self, header: bytes) -> None:
@@ -102,17 +104,17 @@ class _Rows:
         Raises:
             ValueError: there is no such kind of colour.
         """
-        width, height, depth, color, _, _, interlaced = struct.unpack(">IIBBBBB", header)
-        if color not in _CHANNELS:
+        width, height, depth, self.color, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+        if self.color not in _CHANNELS:
             raise ValueError("no such kind of colour")
-        bits = _CHANNELS[color] * depth
+        bits = _CHANNELS[self.color] * depth
         self.size = 0
         for left, top, right, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
             columns, rows = -(-(width - left) // right), -(-(height - top) // down)
             if columns > 0 and rows > 0:
                 self.size += rows * (1 + (columns * bits + 7) // 8)
         self.left = self.size
-        self.proven = header[10:] == bytes(3) and color != _PALETTE and depth in (8, 16)
+        self.proven = header[10:] == bytes(3) and self.color != _PALETTE and depth in (8, 16)
         self._stride = 1 + (width * bits + 7) // 8
 
     def read(self, pieces: Iterable[memoryview]) -> None:

@@ -152,7 +152,7 @@ def decode(data: bytes, limits: PictureLimits) -> NDArray[np.uint8]:
 
 @contextmanager
 def _opened(data: bytes, info: PictureInfo) -> Generator[tuple[Image.Image, Essence]]:
-    """The picture, not loaded yet, and what it was made of; whatever Pillow raises meanwhile means that it is damaged."""
+    """The picture, not loaded yet, and what it was made of; whatever Pillow raises meanwhile: it is damaged."""
     try:
         core = essence(data, info.format)
         with Image.open(io.BytesIO(core.data), formats=(info.format.upper(),)) as image:

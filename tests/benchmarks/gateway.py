@@ -79,13 +79,14 @@ def reads(both: Bench, rounds: int, device: str) -> list[Figure]:
 def under_attack(both: Bench, rounds: int) -> list[Figure]:
     """Valid requests at a fixed rate, without and with everything that the fuzzers know."""
     waits: dict[str, list[float]] = {}
-    answered: Mapping[str, Any] = {}
+    answered: dict[str, Any] = {}
     for _ in range(max(1, rounds // 2)):
         for what, seconds in _waits(paced(both.ours, traffic(both), RATE, SECONDS)):
             waits.setdefault(f"alone: {what}", []).append(seconds)
-        with attacks(both, SLOW_SOCKETS, ATTACKS_PER_S) as answered:
+        with attacks(both, SLOW_SOCKETS, ATTACKS_PER_S) as answers:
             for what, seconds in _waits(paced(both.ours, traffic(both), RATE, SECONDS)):
                 waits.setdefault(f"under attack: {what}", []).append(seconds)
+        answered = answers
     what = f"{RATE:.0f} valid requests a second"
     return [
         figure(f"{what}, {name}", "ms", values, **(answered if name.startswith("under") else {}))

@@ -356,9 +356,9 @@ return waiting
 """
 
 LOOK = f"""
-local root, found = KEYS[1], {{}}
+local root, fields, found = KEYS[1], {{{", ".join(f"'{name}'" for name in FIELDS)}}}, {{}}
 for index, id in ipairs(ARGV) do
-  local values = redis.call('HMGET', root .. 'job:' .. id, 'status', 'tenant', {", ".join(f"'{name}'" for name in FIELDS)})
+  local values = redis.call('HMGET', root .. 'job:' .. id, 'status', 'tenant', unpack(fields))
   local status, line, place, gone = values[1], root .. 'line:' .. (values[2] or ''), false, false
   if status == 'queued' then
     place = redis.call('ZRANK', root .. 'calling', id)

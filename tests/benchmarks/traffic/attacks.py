@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.traffic.attacks PORT SOCKETS RATE   # a tenant's key in ATTACKER_KEY
 
-Until standard input ends: SOCKETS slow sockets; and RATE requests a second of each kind: no key or a wrong one, malformed
-JSON, damaged pictures and bombs inside a request. Prints a line when it has begun, and at the end how often what was answered.
+Until standard input ends: SOCKETS slow sockets; and RATE requests a second of each kind: no key or a wrong one,
+malformed JSON, damaged pictures, bombs. Prints a line when it has begun, and at the end how often what was answered.
 """
 
 from __future__ import annotations

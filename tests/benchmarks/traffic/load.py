@@ -7,7 +7,7 @@ import re
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -59,7 +59,11 @@ class Burst:
         Raises:
             RuntimeError: an answer has another status.
         """
-        with _in_no_hurry(), selectors.DefaultSelector() as ready, _connected(self.server.port, self.connections) as peers:
+        with (
+            _in_no_hurry(),
+            selectors.DefaultSelector() as ready,
+            _connected(self.server.port, self.connections) as peers,
+        ):
             for peer in peers:
                 ready.register(peer, selectors.EVENT_READ)
                 peer.sendall(next(self.requests))
@@ -84,7 +88,7 @@ class Burst:
 def paced(
     server: Server, requests: Iterator[tuple[str, bytes]], rate: float, seconds: float
 ) -> list[tuple[str, float]]:
-    """Requests at a fixed rate, whatever the answers take: what each is, and seconds from when it was due to its answer.
+    """Requests at a fixed rate, whatever the answers take: what each is, and seconds from its being due to its answer.
 
     Who was to come while another waited is not forgiven: that it came later counts as its own waiting.
     """
@@ -174,7 +178,7 @@ def until_it_answers(server: Server, message: bytes, alive: Callable[[], bool]) 
 
 
 @contextmanager
-def _in_no_hurry() -> Iterator[None]:
+def _in_no_hurry() -> Generator[None]:
     """On a core that both share, the server goes on after an answer, as it would on one of its own."""
     if not hasattr(os, "SCHED_BATCH"):
         yield
@@ -187,7 +191,7 @@ def _in_no_hurry() -> Iterator[None]:
 
 
 @contextmanager
-def _connected(port: int, count: int) -> Iterator[list[socket.socket]]:
+def _connected(port: int, count: int) -> Generator[list[socket.socket]]:
     peers = [_connect(port) for _ in range(count)]
     try:
         yield peers

@@ -14,6 +14,7 @@ import os
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
@@ -55,7 +56,7 @@ async def customize(body: Customize) -> Accepted:
 
 @app.get("/v1/jobs/{id}")
 async def get_job(id: str) -> JobBody:
-    fields: dict[bytes, bytes] = await redis.hgetall(f"stock:job:{id}")  # pyright: ignore[reportGeneralTypeIssues]  # as above
+    fields: Any = await redis.hgetall(f"stock:job:{id}")  # pyright: ignore[reportGeneralTypeIssues]  # as above
     if not fields:
         raise HTTPException(404)
     return JobBody(**{name.decode(): json.loads(value) for name, value in fields.items()})
