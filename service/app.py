@@ -65,6 +65,7 @@ def create_app(settings: GatewaySettings, tracing: Tracing | None = None) -> Fas
         version=_version(),
         description="Images made from images: DreamO customization behind one call.",
         lifespan=lifespan,
+        openapi_url=None,  # `install_openapi` serves it
         docs_url=None,  # the stock page loads scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # its answer is built from the Host header

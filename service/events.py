@@ -62,8 +62,6 @@ class Watcher:
         self.ledger = ledger
         self.leaving = False
         """The process is about to end: streams end, and their callers come back to another."""
-        self.checks = anyio.CapacityLimiter(4)
-        """Threads for what streams ask now and then: a Redis that hangs must not hold all of the pool in them."""
         self._watches: set[Watch] = set()
         self._thread = anyio.CapacityLimiter(1)
         self._asking: asyncio.Task[None] | None = None
@@ -132,19 +130,19 @@ async def stream(
     known: int,
     *,
     missed: bool,
-    body: Callable[[], Awaitable[Any]],
+    body: Callable[[], Awaitable[str]],
     allowed: Callable[[], Awaitable[object]],
 ) -> AsyncGenerator[str]:
     """The job's events after number `known` as text/event-stream, up to the one that ends it.
 
     Args:
         missed: some before it were not told, and are no longer kept.
-        body: the job's body as it is now, for who has missed events.
+        body: the job's body as it is now, as JSON, for who has missed events.
         allowed: raises a `Problem` once the caller may not listen any more, or there is nothing to listen to.
     """
     yield "retry: 1000\n\n"
     if missed:
-        yield _text(known, "reset", json.dumps(await body()))
+        yield _text(known, "reset", await body())
     checked_at = said_at = time.monotonic()
     with watcher.watch(job_id, str(known)) as watch:
         while not watcher.leaving:
@@ -155,7 +153,7 @@ async def stream(
                 if not await _holds(allowed):
                     return
             if events and int(events[0].id) > known + 1:
-                yield _text(int(events[0].id) - 1, "reset", json.dumps(await body()))
+                yield _text(int(events[0].id) - 1, "reset", await body())
             if events:
                 known, said_at = int(events[-1].id), now
                 yield "".join(_text(event.id, event.kind, event.data) for event in events)

@@ -17,6 +17,7 @@ from service.limits import StepCost
 from service.metrics import GatewayMetrics
 from service.places import Places
 from service.readiness import Readiness
+from service.reading import JobReader, Reader, TrainingReader
 from service.records import DrainGauge
 from service.settings import GatewaySettings
 from service.trainings import TrainingAdmission
@@ -56,6 +57,8 @@ class Gateway:
     streams: Places
     watcher: Watcher
     training_watcher: Watcher
+    reader: JobReader
+    training_reader: TrainingReader
     gauge: DrainGauge
     training_gauge: DrainGauge
     metrics: GatewayMetrics
@@ -84,6 +87,7 @@ def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
     trainings = TrainingAdmission(
         settings, open_ledger(client, TRAINING, settings), admission.webhooks, settings.training_sample_s
     )
+    gauge, training_gauge = DrainGauge(ledger), DrainGauge(trainings.ledger)
     metrics = GatewayMetrics.fresh()
     metrics.watch({CUSTOMIZE.queue: ledger, TRAINING.queue: trainings.ledger}, tenants=settings.metrics_tenants)
     return Gateway(
@@ -103,8 +107,10 @@ def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
         streams=Places(settings.tenant_streams),
         watcher=Watcher(ledger),
         training_watcher=Watcher(trainings.ledger),
-        gauge=DrainGauge(ledger),
-        training_gauge=DrainGauge(trainings.ledger),
+        reader=Reader(ledger, gauge),
+        training_reader=Reader(trainings.ledger, training_gauge),
+        gauge=gauge,
+        training_gauge=training_gauge,
         metrics=metrics,
         tracing=tracing,
         readiness=Readiness(client, admission.store, settings.store_reserve_mib << 20),
@@ -127,7 +133,7 @@ def _admission(settings: GatewaySettings, spec: ModelSpec, client: redis.Redis, 
     )
 
 
-def _gateway(request: Request) -> Gateway:
+async def _gateway(request: Request) -> Gateway:  # a plain function would take a thread
     return request.app.state.gateway
 
 

@@ -59,7 +59,7 @@ def parse_json(raw: bytes) -> Any:
     Raises:
         Problem: `malformed_json`, `json_too_complex`.
     """
-    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_SEPARATORS:
+    if len(raw) - len(raw.translate(None, b",[{")) > MAX_SEPARATORS:
         raise Problem("json_too_complex")
     try:
         value: Any = orjson.loads(raw)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
 
 from service.problems import MEDIA_TYPE, TABLE
@@ -50,7 +52,14 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install_openapi(app: FastAPI) -> None:
-    """Make `app.openapi()` complete: adds the schemas that routes refer to by name."""
+    """Make `app.openapi()` complete, with the schemas that routes refer to by name, and serve it at /openapi.json.
+
+    It is written once: writing it takes milliseconds of the event loop, and everyone may ask for it.
+    """
+    written = cache(lambda: JSONResponse(app.openapi()).body)
+
+    async def serve_openapi(_: Request) -> Response:
+        return Response(written(), media_type="application/json")
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -64,3 +73,4 @@ def install_openapi(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = openapi
+    app.add_route("/openapi.json", serve_openapi, include_in_schema=False)

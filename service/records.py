@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import Depends, Path, Query, Response, status
 
 from service.limits import WINDOWS_S, drain_rate
 from service.problems import Fault, Problem
 from service.schemas import JobErrorView, QueueView
+from workers.books.values import DamagedRecordError, Look
 from workers.jobs import JobRecord, JobStatus, JobT, ProgressT, ResultT
 from workers.ledger import Ledger, Page
 
-RecordId = Annotated[
-    str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="The `id` of the answer that accepted it.")
-]
+RECORD_ID: Final = r"^[A-Za-z0-9_-]{1,64}$"
+RecordId = Annotated[str, Path(pattern=RECORD_ID, description="The `id` of the answer that accepted it.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,23 @@ def found(ledger: Ledger[JobT, ProgressT, ResultT], record_id: str, tenant: str)
 
     Raises:
         Problem: 404, there is none, or it is another tenant's: nobody can tell which; 410, it was the tenant's.
+        DamagedRecordError: what Redis holds is not a record.
     """
-    record = ledger.get(record_id)
-    if record is not None and record.job.tenant == tenant:
-        return record
-    raise Problem("job_gone" if ledger.gone(record_id) == tenant else "not_found")
+    (look,) = ledger.look([record_id])
+    if isinstance(look, DamagedRecordError):
+        raise look
+    return own(look, tenant)
+
+
+def own(look: Look[JobT, ProgressT, ResultT], tenant: str) -> JobRecord[JobT, ProgressT, ResultT]:
+    """The record, if it is the tenant's.
+
+    Raises:
+        Problem: as `found`.
+    """
+    if look.record is not None and look.record.job.tenant == tenant:
+        return look.record
+    raise Problem("job_gone" if look.gone == tenant else "not_found")
 
 
 def cancel(
@@ -95,9 +107,11 @@ def place_in_queue(
 ) -> QueueView | None:
     """Where a queued one stands, and when it may start; None for others."""
     position = ledger.position(record.job.id) if record.status is JobStatus.QUEUED else None
-    if position is None:
-        return None
-    rate = gauge.rate()
+    return None if position is None else queue_view(position, gauge.rate())
+
+
+def queue_view(position: int, rate: float | None) -> QueueView:
+    """Where one stands, and when it may start if so many jobs end per second."""
     return QueueView(position=position, eta_s=None if rate is None else round(position / rate, 1))
 
 

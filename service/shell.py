@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import structlog
 from opentelemetry.trace import INVALID_SPAN, Span
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
@@ -22,6 +22,7 @@ from workers.telemetry.tracing import Tracing, traceparent_of
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUIET = frozenset({"/livez", "/readyz"})
 """Asked every few seconds by who watches; logged at debug only."""
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 _LOG = structlog.stdlib.get_logger("service")
 
 
@@ -65,9 +66,7 @@ class RequestShell:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), _NO_SNIFFING]
             await send(message)
 
         try:

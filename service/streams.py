@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -16,8 +15,8 @@ from service.auth import TenantDependency, tenant_of
 from service.events import Watcher, stream
 from service.gateway import Gateway, GatewayDependency
 from service.openapi import problems
-from service.records import found
-from workers.jobs import JobRecord
+from service.reading import Reader, Seen
+from workers.jobs import JobT, ProgressT, ResultT
 
 STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "status, progress, preview and reset events.", "content": {"text/event-stream": {}}},
@@ -36,29 +35,31 @@ class Follower:
     after: str | None
 
     async def follow(
-        self, watcher: Watcher, record_id: str, body_of: Callable[[JobRecord[Any, Any, Any]], BaseModel]
+        self,
+        watcher: Watcher,
+        reader: Reader[JobT, ProgressT, ResultT],
+        record_id: str,
+        body_of: Callable[[Seen[JobT, ProgressT, ResultT]], BaseModel],
     ) -> Response:
-        """What happens to a record of the watcher's ledger. `body_of`: it as its caller sees it.
+        """What happens to a record of their ledger. `body_of`: it as its caller sees it.
 
         Raises:
-            Problem: 404 or 410, as `found`.
+            Problem: 404 or 410, as `records.found`.
         """
-        ledger = watcher.ledger
 
-        def current() -> JobRecord[Any, Any, Any]:
-            tenant_of(self.request)
-            return found(ledger, record_id, self.tenant)
+        async def current() -> Seen[JobT, ProgressT, ResultT]:
+            await tenant_of(self.request)
+            return await reader.read(record_id, self.tenant)
 
-        async def body() -> Any:
-            return (await to_thread.run_sync(lambda: body_of(current()))).model_dump(mode="json")
+        async def body() -> str:
+            return body_of(await current()).model_dump_json()
 
-        record = await to_thread.run_sync(current)
-        events, gap = await to_thread.run_sync(ledger.events, record_id, self.after, 1)
+        record = (await reader.read(record_id, self.tenant)).record
+        events, gap = await to_thread.run_sync(reader.ledger.events, record_id, self.after, 1)
         if not events and (record.status.terminal or gap):
             return Response(status_code=status.HTTP_204_NO_CONTENT)
         known = int(events[0].id) - 1 if events else int(self.after or 0)
-        allowed = partial(to_thread.run_sync, current, limiter=watcher.checks)
-        told = self.gateway.metrics.counted(stream(watcher, record_id, known, missed=gap, body=body, allowed=allowed))
+        told = self.gateway.metrics.counted(stream(watcher, record_id, known, missed=gap, body=body, allowed=current))
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(told, media_type="text/event-stream", headers=headers)
 

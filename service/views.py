@@ -32,7 +32,7 @@ def job_body(record: CustomizeRecord, *, queue: QueueView | None, ttl_s: float) 
         **common_fields(record, queue=queue, ttl_s=ttl_s),
         urls=RecordUrls(self=url, cancel=f"{url}/cancel", events=f"{url}/events"),
         start_by=None if record.start_by is None else time_text(record.start_by),
-        progress=ProgressView(**asdict(record.progress)) if record.progress else None,
+        progress=_progress(record),
         request=_effective(job),
         images=_images(record, url),
         timings=_timings(record),
@@ -54,6 +54,7 @@ def model_body(spec: ModelSpec) -> ModelBody:
 
 
 def _effective(job: CustomizeJob) -> EffectiveRequest:
+    sampling = job.sampling  # field by field: `asdict` copies, and takes as long as all of the validation
     return EffectiveRequest(
         model=job.model,
         prompt=job.prompt,
@@ -76,8 +77,22 @@ def _effective(job: CustomizeJob) -> EffectiveRequest:
         adapter=AdapterUseView(**asdict(job.adapter)) if job.adapter else None,
         previews=job.previews,
         webhook=WebhookView(url=job.webhook.url, events=list(job.webhook.events)) if job.webhook else None,
-        **asdict(job.sampling),
+        width=sampling.width,
+        height=sampling.height,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance=sampling.guidance,
+        first_step_guidance=sampling.first_step_guidance,
+        true_cfg_scale=sampling.true_cfg_scale,
+        true_cfg_start=sampling.true_cfg_start,
+        true_cfg_end=sampling.true_cfg_end,
+        negative_guidance=sampling.negative_guidance,
+        seed=sampling.seed,
     )
+
+
+def _progress(record: CustomizeRecord) -> ProgressView | None:
+    now = record.progress
+    return ProgressView(phase=now.phase, step=now.step, total=now.total) if now else None
 
 
 def _images(record: CustomizeRecord, url: str) -> list[ImageView]:

@@ -19,7 +19,17 @@ import redis
 
 from workers.books import scripts
 from workers.books.outboxes import WORKER_LOST, Outboxes
-from workers.books.values import Accepted, DamagedRecordError, Event, Once, number_of, read_record, text_of
+from workers.books.values import (
+    Accepted,
+    DamagedRecordError,
+    Event,
+    Look,
+    Once,
+    number_of,
+    read_look,
+    read_record,
+    text_of,
+)
 from workers.jobs import (
     CustomizeJob,
     JobError,
@@ -41,6 +51,7 @@ from workers.settings import QueueSettings
 Beat = Literal["ok", "canceled", "expired", "lost"]
 Ids = list[str]
 Events = list[Event]
+Looks = list[Look[JobT, ProgressT, ResultT] | DamagedRecordError]
 Page = tuple[list[JobRecord[JobT, ProgressT, ResultT]], str | None]
 
 MAX_PREVIEW_BYTES = 64 * 1024
@@ -80,7 +91,7 @@ class Ledger(Outboxes[JobT, ProgressT, ResultT]):
         self._expire = redis.register_script(scripts.EXPIRE)
         self._delete = redis.register_script(scripts.DELETE)
         self._waiting = redis.register_script(scripts.WAITING)
-        self._position = redis.register_script(scripts.POSITION)
+        self._look = redis.register_script(scripts.LOOK)
         self._ended = redis.register_script(scripts.ENDED)
 
     # For the gateway.
@@ -141,6 +152,11 @@ class Ledger(Outboxes[JobT, ProgressT, ResultT]):
         fields: dict[Any, Any] = self.redis.hgetall(self._key(job_id))  # pyright: ignore[reportAssignmentType]  # the sync client never returns an awaitable
         return read_record(self.kind, fields.items()) if fields else None
 
+    def look(self, job_ids: Ids) -> Looks[JobT, ProgressT, ResultT]:
+        """What there is to know of these, in one question: each one's answer, or that its record is damaged."""
+        answers: Any = self._look(keys=[self.root], args=job_ids) if job_ids else ()
+        return [read_look(self.kind, answer) for answer in answers]
+
     def list(
         self, tenant: str | None = None, cursor: str | None = None, limit: int = 20, status: JobStatus | None = None
     ) -> Page[JobT, ProgressT, ResultT]:
@@ -194,8 +210,8 @@ class Ledger(Outboxes[JobT, ProgressT, ResultT]):
         Counted are all in windows, and of each tenant's line as much as is before this one in its own: lines are let
         in by turns, as windows empty. Right to within a window of each tenant, but for what is accepted later.
         """
-        place: int = self._call(self._position, job_id)
-        return None if place < 0 else place
+        (look,) = self.look([job_id])
+        return None if isinstance(look, DamagedRecordError) else look.place
 
     def load(self, tenant: str | None = None) -> float:
         """Estimated seconds of the device that a tenant's open jobs, or all, will take."""

@@ -21,6 +21,10 @@ _ADAM7: Final = (
     (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
 )  # fmt: skip
 """Of each pass: the first column and row, and the steps to the next ones."""
+_PALETTE: Final = 3
+_LAST_FILTER: Final = 4
+_HUFFMAN: Final = (0xC0, 0xC1, 0xC2)
+"""JPEG's baseline, extended and progressive frames."""
 _PIECE: Final = 2**18
 _EXIF: Final = b"Exif\0\0"
 _ICC: Final = b"ICC_PROFILE\0"
@@ -30,10 +34,16 @@ _SHORT: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Essence:
-    """A file without what its pixels do not need. `orientation`: 1 to 8, as EXIF has it."""
+    """A file without what its pixels do not need.
+
+    Attributes:
+        orientation: 1 to 8, as EXIF has it.
+        proven: decoding it cannot fail, as far as that has been looked at here already; see `_Rows.proven`.
+    """
 
     data: bytes
     orientation: int
+    proven: bool = False
 
 
 def essence(data: bytes, format: Format) -> Essence:
@@ -55,6 +65,7 @@ def essence(data: bytes, format: Format) -> Essence:
 def _png(data: bytes) -> Essence:
     """The chunks that colours depend on, if they are undamaged and hold all rows: Pillow looks at neither."""
     kept = [memoryview(data)[:8]]
+    names: list[bytes] = []
     pixels: list[memoryview] = []
     exif: list[Part] = []
     for chunk in png_chunks(data):
@@ -65,41 +76,68 @@ def _png(data: bytes) -> Essence:
             if chunk.name == b"IHDR" and len(kept) > 1:
                 raise ValueError("two headers")
             kept.append(memoryview(data)[chunk.start : chunk.end])
+            names.append(chunk.name)
             if chunk.name == b"IDAT":
                 pixels.append(memoryview(data)[chunk.body : chunk.body_end])
         elif chunk.name == b"eXIf":
             exif.append(chunk)
-    if not _inflate_to(pixels, _raw_size(data[16:29])):
+    rows = _Rows(data[16:29])
+    rows.read(pixels)
+    if rows.left > 0:
         raise ValueError("rows are missing")
-    return Essence(b"".join(kept), _first_orientation(data, iter(exif)))
+    if rows.color == _PALETTE and b"PLTE" not in names:
+        raise ValueError("the palette is missing")
+    plain = names == [b"IHDR", *[b"iCCP"] * (b"iCCP" in names), *[b"IDAT"] * len(pixels), b"IEND"]
+    return Essence(b"".join(kept), _first_orientation(data, iter(exif)), proven=plain and rows.proven)
 
 
-def _raw_size(header: bytes) -> int:
-    """Bytes of all rows, each with its filter, before compression (RFC 2083 §2.3), by the body of IHDR."""
-    width, height, depth, color, _, _, interlaced = struct.unpack(">IIBBBBB", header)
-    if color not in _CHANNELS:
-        raise ValueError("no such kind of colour")
-    total = 0
-    for left, top, right, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
-        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
-        if columns > 0 and rows > 0:
-            total += rows * (1 + (columns * _CHANNELS[color] * depth + 7) // 8)
-    return total
+class _Rows:
+    """The rows of a PNG, each with its filter in front, inflated once by pieces and not kept.
 
+    `left`: bytes that are missing. `proven`: every row begins with a filter that exists, and with the last row the
+    stream ends, its checksum right; then all that a decoder still has to do to grey or true colour is to add bytes.
+    """
 
-def _inflate_to(pieces: Iterable[memoryview], size: int) -> bool:
-    """Whether a zlib stream holds at least `size` bytes; no more than a piece of them is in memory at a time."""
-    inflate, left = zlib.decompressobj(), size
-    try:
-        for piece in pieces:
-            for start in range(0, len(piece), _PIECE):
-                data: bytes | memoryview = piece[start : start + _PIECE]
-                while data and left > 0:
-                    left -= len(inflate.decompress(data, _PIECE))
-                    data = inflate.unconsumed_tail
-        return left - len(inflate.flush()) <= 0 if left > 0 else True
-    except zlib.error:
-        return False
+    def __init__(self, header: bytes) -> None:
+        """From the body of IHDR (RFC 2083 §2.3).
+
+        Raises:
+            ValueError: there is no such kind of colour.
+        """
+        width, height, depth, self.color, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+        if self.color not in _CHANNELS:
+            raise ValueError("no such kind of colour")
+        bits = _CHANNELS[self.color] * depth
+        self.size = 0
+        for left, top, right, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+            columns, rows = -(-(width - left) // right), -(-(height - top) // down)
+            if columns > 0 and rows > 0:
+                self.size += rows * (1 + (columns * bits + 7) // 8)
+        self.left = self.size
+        self.proven = header[10:] == bytes(3) and self.color != _PALETTE and depth in (8, 16)
+        self._stride = 1 + (width * bits + 7) // 8
+
+    def read(self, pieces: Iterable[memoryview]) -> None:
+        """Inflate as much as there should be; no more than a piece of it is in memory at a time."""
+        inflate = zlib.decompressobj()
+        try:
+            for piece in pieces:
+                for start in range(0, len(piece), _PIECE):
+                    data: bytes | memoryview = piece[start : start + _PIECE]
+                    while data and self.left >= 0:
+                        self._take(inflate.decompress(data, _PIECE))
+                        data = inflate.unconsumed_tail
+            if self.left > 0:
+                self._take(inflate.flush())
+        except zlib.error:
+            self.proven = False
+        self.proven = self.proven and self.left == 0 and inflate.eof and not inflate.unused_data
+
+    def _take(self, data: bytes) -> None:
+        done = self.size - self.left
+        filters = data[-done % self._stride :: self._stride]
+        self.proven = self.proven and (not filters or max(filters) <= _LAST_FILTER)
+        self.left -= len(data)
 
 
 def _jpeg(data: bytes) -> Essence:
@@ -119,6 +157,25 @@ def _jpeg(data: bytes) -> Essence:
         elif marker == 0xE1 and data.startswith(_EXIF, segment.body):
             exif.append(segment)
     return Essence(b"".join(kept), _first_orientation(data, iter(exif)))
+
+
+def evenly_sampled(data: bytes, format: Format) -> bool:
+    """Whether a picture is a JPEG that libjpeg decodes alike at every scale: Huffman codes, 8 bits, and colours whose
+    resolutions divide one another. Others it refuses at some scales, or makes larger than it was asked to.
+    """
+    frame = (
+        next((part for part in jpeg_segments(data) if part.name[0] in SIZED_MARKERS), None)
+        if format == "jpeg"
+        else None
+    )
+    if frame is None or frame.name[0] not in _HUFFMAN:
+        return False
+    depth, _, _, count = struct.unpack_from(">BHHB", data, frame.body)
+    sampling = data[frame.body + 7 : frame.body_end : 3]
+    across, down = [each >> 4 for each in sampling], [each & 15 for each in sampling]
+    if depth != 8 or len(sampling) != count or 0 in across or 0 in down:
+        return False
+    return not any(max(across) % each for each in across) and not any(max(down) % each for each in down)
 
 
 def _exif_of_webp(data: bytes) -> Iterator[Part]:

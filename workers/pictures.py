@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from workers.picture_essence import essence
+from workers.picture_essence import Essence, essence, evenly_sampled
 from workers.picture_headers import Format, PictureInfo, read_header
 
 __all__ = [
@@ -127,9 +127,13 @@ def check(data: bytes, limits: PictureLimits) -> tuple[int, int]:
     Raises:
         PictureError: any of its codes.
     """
-    with _opened(data, limits) as (image, orientation):
-        width, height = image.size
-    return (width, height) if orientation >= 5 else (height, width)
+    info = inspect(data, limits)
+    with _opened(data, info) as (image, core):
+        if not core.proven:
+            if evenly_sampled(core.data, info.format):
+                image.draft(None, (1, 1))  # every code is read all the same, but not made into all of its pixels
+            image.load()
+    return (info.width, info.height) if core.orientation >= 5 else (info.height, info.width)
 
 
 def decode(data: bytes, limits: PictureLimits) -> NDArray[np.uint8]:
@@ -138,24 +142,23 @@ def decode(data: bytes, limits: PictureLimits) -> NDArray[np.uint8]:
     Raises:
         PictureError: any of its codes.
     """
-    with _opened(data, limits) as (image, orientation):
+    with _opened(data, inspect(data, limits)) as (image, core):
+        image.load()
         converted = _to_srgb(image)
-        if orientation in _UPRIGHT:
-            converted = converted.transpose(_UPRIGHT[orientation])
+        if core.orientation in _UPRIGHT:
+            converted = converted.transpose(_UPRIGHT[core.orientation])
         return np.ascontiguousarray(converted)
 
 
 @contextmanager
-def _opened(data: bytes, limits: PictureLimits) -> Generator[tuple[Image.Image, int]]:
-    """The loaded picture and its orientation; whatever Pillow raises meanwhile means that it is damaged."""
-    info = inspect(data, limits)
+def _opened(data: bytes, info: PictureInfo) -> Generator[tuple[Image.Image, Essence]]:
+    """The picture, not loaded yet, and what it was made of; whatever Pillow raises meanwhile: it is damaged."""
     try:
         core = essence(data, info.format)
         with Image.open(io.BytesIO(core.data), formats=(info.format.upper(),)) as image:
             if image.size != (info.width, info.height):
                 raise _undecodable()
-            image.load()
-            yield image, core.orientation
+            yield image, core
     except _PILLOW_ERRORS:
         raise _undecodable() from None
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from math import ceil
-from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Query, Request, Response, status
+from fastapi import APIRouter, Depends, Request, Response, status
 from fastapi.responses import StreamingResponse
 
 from service.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
-from service.headers import MAX_WAIT_S, JobHeaders, JobHeadersDependency, names
+from service.headers import JobHeaders, JobHeadersDependency
 from service.intake import parse_json, read_body, validate
 from service.openapi import CUSTOMIZE_BODY, problems
 from service.problems import Problem
+from service.reading import Seen
 from service.records import PageDependency, RecordId, cancel, found, place_in_queue
+from service.routes.polling import add_job, awaited, body_of
 from service.schemas import JobBody, JobList, Liveness, ModelList, Readiness
 from service.streams import STREAM_RESPONSES, FollowerDependency
 from service.submissions import Submitted, Terms, accepted, point_to, replayed
-from service.views import job_body, job_etag, model_body
+from service.views import job_body, model_body
 from workers import queues
 from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, JobResult, Progress
 from workers.telemetry.tracing import traceparent_of
@@ -60,9 +59,9 @@ async def customize(
         admit = partial(_admit, request, gateway, tenant, headers, raw)
         submitted = await to_thread.run_sync(admit, limiter=gateway.decoding)
     record = submitted.record
-    waited = await _awaited(gateway, record, headers.wait_s, lambda now: now.status.terminal)
+    waited = await awaited(gateway, Seen(record), headers.wait_s, lambda now: now.status.terminal)
     if headers.wait_s and waited:
-        record = waited
+        record = waited.record
         response.headers["Preference-Applied"] = f"wait={headers.wait_s}"
         if record.status.terminal:
             response.status_code = status.HTTP_200_OK
@@ -96,41 +95,7 @@ def list_jobs(gateway: GatewayDependency, tenant: TenantDependency, page: PageDe
     return JobList(jobs=[_body(gateway, record) for record in records], next_cursor=following)
 
 
-@router.get(
-    "/v1/jobs/{id}",
-    responses={
-        304: {"description": "Nothing happened to it: If-None-Match names its ETag."},
-        **problems(404, 410, 422, 503),
-    },
-    response_model=JobBody,
-    summary="A job's state, progress and result",
-)
-async def get_job(
-    gateway: GatewayDependency,
-    tenant: TenantDependency,
-    id: RecordId,
-    request: Request,
-    response: Response,
-    wait: Annotated[int, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for its end; see below.")] = 0,
-) -> JobBody | Response:
-    """With `wait`, the answer comes when the job has ended; with If-None-Match too, when anything happens to it.
-
-    It comes at once, with Retry-After, if you have as many waiting answers as this server gives to one.
-    """
-    known = request.headers.get("if-none-match")
-
-    def enough(now: CustomizeRecord) -> bool:
-        return now.status.terminal or (known is not None and not names(known, job_etag(now)))
-
-    record = await to_thread.run_sync(found, gateway.ledger, id, tenant)
-    waited = await _awaited(gateway, record, wait, enough)
-    if waited is None:
-        response.headers["Retry-After"] = str(POLL_AFTER_S)
-    record = waited or record
-    response.headers["ETag"] = job_etag(record)
-    if known is not None and names(known, response.headers["ETag"]):
-        return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=dict(response.headers))
-    return await to_thread.run_sync(_body, gateway, record)
+add_job(router)
 
 
 @router.get(
@@ -141,7 +106,7 @@ async def get_job(
 )
 async def follow_job(gateway: GatewayDependency, follower: FollowerDependency, id: RecordId) -> Response:
     """Server-sent events up to the one that ends the job. `reset`, whose data is the whole job: some are missing."""
-    return await follower.follow(gateway.watcher, id, partial(_body, gateway))
+    return await follower.follow(gateway.watcher, gateway.reader, id, partial(body_of, gateway))
 
 
 @router.post(
@@ -198,20 +163,3 @@ def _body(gateway: Gateway, record: CustomizeRecord) -> JobBody:
 def _poll_after_s(body: JobBody) -> int:
     eta_s = body.queue.eta_s if body.queue else None
     return max(POLL_AFTER_S, min(MAX_POLL_AFTER_S, ceil(eta_s or 0)))
-
-
-async def _awaited(
-    gateway: Gateway, record: CustomizeRecord, seconds: float, enough: Callable[[CustomizeRecord], bool]
-) -> CustomizeRecord | None:
-    """The record once it is enough, or as it is when the time is up; None if its tenant may not wait for more."""
-    if not seconds or enough(record):
-        return record
-    if gateway.waits.full(record.job.tenant):
-        return None
-    deadline = time.monotonic() + seconds
-    job = record.job
-    with gateway.waits.take(job.tenant), gateway.watcher.watch(job.id) as watch:
-        while not enough(record) and (left := deadline - time.monotonic()) > 0 and not gateway.watcher.leaving:
-            if await watch.next(left):
-                record = await to_thread.run_sync(found, gateway.ledger, job.id, job.tenant)
-    return record

@@ -14,6 +14,7 @@ from service.gateway import Gateway, GatewayDependency
 from service.headers import SubmitHeadersDependency
 from service.intake import parse_json, read_body
 from service.openapi import TRAINING_BODY, problems
+from service.reading import SeenTraining
 from service.records import PageDependency, RecordId, cancel, found, place_in_queue
 from service.streams import STREAM_RESPONSES, FollowerDependency
 from service.submissions import Submitted, Terms, accepted, point_to, replayed
@@ -90,7 +91,7 @@ def get_training(gateway: GatewayDependency, tenant: TenantDependency, id: Recor
 )
 async def follow_training(gateway: GatewayDependency, follower: FollowerDependency, id: RecordId) -> Response:
     """Server-sent events up to the one that ends the training. `reset`, whose data is all of it: some are missing."""
-    return await follower.follow(gateway.training_watcher, id, partial(_body, gateway))
+    return await follower.follow(gateway.training_watcher, gateway.training_reader, id, partial(_seen_body, gateway))
 
 
 @router.post(
@@ -121,6 +122,10 @@ def list_adapters(
     name: Annotated[str | None, Query(pattern=f"^{NAME.pattern}$", description="Only versions of this one.")] = None,
 ) -> AdapterList:
     return AdapterList(adapters=[adapter_view(adapter) for adapter in gateway.registry.of(tenant).versions(name)])
+
+
+def _seen_body(gateway: Gateway, seen: SeenTraining) -> TrainingBody:
+    return training_body(seen.record, queue=seen.queue, ttl_s=gateway.settings.job_ttl_s)
 
 
 def _body(gateway: Gateway, record: TrainingRecord) -> TrainingBody:

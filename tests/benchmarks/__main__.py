@@ -7,7 +7,7 @@ from importlib import import_module
 
 from tests.benchmarks.measure import publish
 
-SUITES = ("ops", "step", "precision", "training", "line", "engine", "scaling", "stickerworld")
+SUITES = ("ops", "step", "precision", "training", "line", "engine", "scaling", "stickerworld", "gateway")
 """In this order, so that what follows `ops` runs on the backends it found to be the fastest."""
 
 

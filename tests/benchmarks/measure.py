@@ -118,7 +118,7 @@ def publish(name: str, figures: Sequence[Figure], device: str) -> Path:
 def versions() -> dict[str, str]:
     """Installed versions of the libraries that matter; what is missing is left out."""
     found: dict[str, str] = {}
-    for package in ("torch", "triton", "diffusers", "transformers", "xformers"):
+    for package in ("torch", "triton", "diffusers", "transformers", "xformers", "fastapi", "uvloop", "hiredis"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

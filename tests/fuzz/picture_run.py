@@ -25,7 +25,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.fuzz.bombs import bombs, png
-from tests.fuzz.pictures import Case, malformed, whole
+from tests.fuzz.pictures import Case, chunk, malformed, whole
 from workers.redis_process import start_redis
 
 MOST_SECONDS = 1.0
@@ -163,7 +163,7 @@ def _is_picture(case: Case) -> bool:
 
 def controls() -> Iterator[Case]:
     """Bombs that a gateway without limits must be caught at."""
-    yield Case("control png", "image/png", png(9000, 9000, 8, 2))
+    yield Case("control png", "image/png", png(9000, 9000, 8, 2, chunk(b"tRNS", bytes(6))))
 
 
 def main(arguments: list[str]) -> int:

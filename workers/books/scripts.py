@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from workers.books.prelude import PRELUDE
+from workers.books.values import FIELDS
 
 RING_LEASE_S: Final = 5
 """Whoever is to ring for a job has so long before another does."""
@@ -204,20 +205,36 @@ end
 return waiting
 """
 
-POSITION = f"""{PRELUDE}
-local id = ARGV[3]
-if get(id, 'status') ~= 'queued' then return -1 end
-local rank = redis.call('ZRANK', root .. 'calling', id)
-if rank then return rank end
-local tenant = tenant_of(id)
-local line = root .. 'line:' .. tenant
-local before = redis.call('ZRANK', line, id) or redis.call('ZCARD', line)
-local ahead = redis.call('ZCARD', root .. 'calling') + before
-for _, other in ipairs(redis.call('SMEMBERS', root .. 'lines')) do
-  if other ~= tenant then ahead = ahead + math.min(before, redis.call('ZCARD', root .. 'line:' .. other)) end
+_PLACE = """
+local function place_of(id, tenant)
+  local rank = redis.call('ZRANK', root .. 'calling', id)
+  if rank then return rank end
+  local line = root .. 'line:' .. tenant
+  local before = redis.call('ZRANK', line, id) or redis.call('ZCARD', line)
+  local ahead = redis.call('ZCARD', root .. 'calling') + before
+  for _, other in ipairs(redis.call('SMEMBERS', root .. 'lines')) do
+    if other ~= tenant then ahead = ahead + math.min(before, redis.call('ZCARD', root .. 'line:' .. other)) end
+  end
+  return ahead
 end
-return ahead
 """
+
+LOOK = f"""
+local root, fields, found = KEYS[1], {{{", ".join(f"'{name}'" for name in FIELDS)}}}, {{}}
+{_PLACE}
+for index, id in ipairs(ARGV) do
+  local values = redis.call('HMGET', root .. 'job:' .. id, 'status', 'tenant', unpack(fields))
+  local status, place, gone = values[1], false, false
+  if status == 'queued' then
+    place = place_of(id, values[2] or '')
+  elseif not status then
+    gone = redis.call('GET', root .. 'gone:' .. id)
+  end
+  found[index] = {{place, gone, values}}
+end
+return found
+"""
+"""For many jobs at once: the place of a queued one, whose it was if it is gone, and its record."""
 
 ENDED = f"""{PRELUDE}
 return redis.call('ZCOUNT', root .. 'expiring', stamp(now + ttl - tonumber(ARGV[3])), '+inf')

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 from pydantic import ValidationError
 
 from workers.jobs import JobError, JobRecord, JobStatus, JobT, Kind, ProgressT, ResultT, decode
 
 T = TypeVar("T")
+
+FIELDS: Final = (
+    *("job", "attempt", "created_at", "started_at", "finished_at", "progress", "cancel_requested", "result", "error"),
+    "start_by",
+)
+"""Of a record's hash, those that `read_record` reads beside `status`."""
 
 
 class DamagedRecordError(Exception):
@@ -46,6 +52,21 @@ class Accepted:
     outcome: Literal["new", "known", "replayed", "conflict", "over_share", "over_bound"]
     job_id: str
     called: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Look(Generic[JobT, ProgressT, ResultT]):
+    """A job as it is now.
+
+    Attributes:
+        record: None if there is none.
+        place: of a queued one, how many are ahead of it; see `Ledger.position`.
+        gone: whose it was, if it was deleted or has expired; for a week.
+    """
+
+    record: JobRecord[JobT, ProgressT, ResultT] | None
+    place: int | None = None
+    gone: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +137,7 @@ def read_record(
         DamagedRecordError: it is none.
     """
     try:
-        values = {text_of(name): text_of(value) for name, value in fields}
+        values = {text_of(name): text_of(value) for name, value in fields if value is not None}
         return JobRecord(
             job=decode(kind.job, values["job"]),
             status=JobStatus(values["status"]),
@@ -132,6 +153,18 @@ def read_record(
         )
     except (ValidationError, KeyError, ValueError):  # from None: a validation error quotes its input
         raise DamagedRecordError("a job record in Redis is damaged") from None
+
+
+def read_look(kind: Kind[JobT, ProgressT, ResultT], answer: Any) -> Look[JobT, ProgressT, ResultT] | DamagedRecordError:
+    """From what the script answers; a damaged record must not hide the others."""
+    place, gone, (status, _tenant, *values) = answer
+    if status is None:
+        return Look(None, gone=None if gone is None else text_of(gone))
+    try:
+        record = read_record(kind, (("status", status), *zip(FIELDS, values, strict=True)))
+    except DamagedRecordError as error:
+        return error
+    return Look(record, place)
 
 
 def number_of(event_id: str | None) -> int:

@@ -1,0 +1,84 @@
+"""The plain status read, which passes FastAPI's dependencies by, answers as the one that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.auth import Door
+from tests.service.conftest import Bench, picture, settings
+from workers.redis_process import RedisProcess
+from workers.tenants import TenantBook
+
+Headers = dict[str, str]
+
+
+@pytest.fixture
+def keyed(redis_server: RedisProcess, model_dir: Path, tmp_path: Path, bench: Bench) -> Iterator[TestClient]:
+    with TestClient(create_app(settings(redis_server.url, tmp_path, model_dir, auth="keys"))) as caller:
+        yield caller
+
+
+def answer(caller: TestClient, path: str, headers: Headers) -> tuple[int, bytes, Any]:
+    """Status, body and header of a read; ids of requests, drawn anew each time, are given."""
+    told = caller.get(path, headers={**headers, "X-Request-ID": "same"})
+    return told.status_code, told.content, dict(told.headers)
+
+
+def test_both_ways_say_the_same(keyed: TestClient, bench: Bench, redis_server: RedisProcess) -> None:
+    """Byte for byte, for every state of a job, every reason to refuse it, and every header that matters.
+
+    `?wait=0` asks for nothing more, but has a query, so it goes the long way.
+    """
+    book = TenantBook(redis.Redis.from_url(redis_server.url))
+    mine, theirs = ({"Authorization": f"Bearer {book.create_key(name)}"} for name in ("mine", "theirs"))
+    queued, running, ended, deleted = (
+        keyed.post("/v1/customize", json={"prompt": "a toy"}, headers=mine).json()["id"] for _ in range(4)
+    )
+    bench.ledger.claim(running, "test-worker")
+    for job in (ended, deleted):
+        bench.finish(job, picture())
+    bench.ledger.delete(deleted)
+    tag = {"If-None-Match": keyed.get(f"/v1/jobs/{ended}", headers=mine).headers["etag"]}
+    statuses: set[int] = set()
+    ids = [queued, running, ended, deleted, "job_none", "a" * 64, "a" * 65, "a.b", "é", "a%00b", "a%0a", "%2e%2e"]
+    for job in ids:
+        for headers in (
+            mine,
+            theirs,
+            {},
+            {"Authorization": "Bearer x"},
+            {**mine, **tag},
+            {**mine, "If-None-Match": "*"},
+        ):
+            plain = answer(keyed, f"/v1/jobs/{job}", headers)
+            assert plain == answer(keyed, f"/v1/jobs/{job}?wait=0", headers), (job, headers.keys())
+            statuses.add(plain[0])
+    assert statuses == {200, 304, 401, 404, 410}
+
+
+def test_a_query_is_never_passed_over(keyed: TestClient, bench: Bench, redis_server: RedisProcess) -> None:
+    """The control: what stands in the query is read, and refused where it has to be."""
+    key = TenantBook(redis.Redis.from_url(redis_server.url)).create_key("mine")
+    told = keyed.get("/v1/jobs/job_none?wait=61", headers={"Authorization": f"Bearer {key}"})
+    assert told.status_code == 422
+
+
+def test_a_key_is_remembered_only_as_long_as_it_may_be(bench: Bench) -> None:
+    """The event loop asks nobody but its memory, and only for what is in it: then revoking works in time."""
+    book = TenantBook(bench.redis)
+    key = f"Bearer {book.create_key('acme')}"
+    door = Door(book, "keys", "127.0.0.1", remember_s=60)
+    assert not door.remembers(key)
+    assert door.tenant(key, None) == "acme"
+    assert door.remembers(key)
+    assert not door.remembers(f"Bearer dreamserve_{'0' * 12}_{'a' * 43}"), "a key that may have been made since"
+    forgetful = Door(book, "keys", "127.0.0.1", remember_s=0)
+    assert forgetful.tenant(key, None) == "acme"
+    assert not forgetful.remembers(key)
