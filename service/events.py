@@ -90,7 +90,7 @@ class Watcher:
     def leave_soon(self) -> None:
         """`leave`, from a signal handler or another thread."""
         self.leaving = True
-        if self._loop is not None:
+        if self._loop is not None and not self._loop.is_closed():  # in one that is closed nobody waits
             self._loop.call_soon_threadsafe(self.leave)
 
     def leave(self) -> None:

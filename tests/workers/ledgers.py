@@ -34,10 +34,13 @@ def record(ledger: CustomizeLedger, job_id: str = "job_1") -> CustomizeRecord:
 
 def boxed(ledger: Ledger[Any, Any, Any], box: str) -> dict[str, dict[str, float]]:
     """What lies in an outbox: by tenant, each entry and the second from which it may be taken."""
-    turns: Any = ledger.redis.zrange(f"{ledger.root}turns:{box}", 0, -1)
+    with ledger.redis.pipeline() as pipeline:  # at one moment: others may be settling
+        pipeline.zrange(f"{ledger.root}turns:{box}", 0, -1)
+        pipeline.keys(f"{ledger.root}{box}:*")
+        turns, there = pipeline.execute()
     keys = {tenant.decode(): f"{ledger.root}{box}:{tenant.decode()}" for tenant in turns}
     lines: dict[str, Any] = {tenant: ledger.redis.zrange(key, 0, -1, withscores=True) for tenant, key in keys.items()}
-    assert {key.decode() for key in ledger.redis.scan_iter(f"{ledger.root}{box}:*")} == {*keys.values()}
+    assert {key.decode() for key in there} == {*keys.values()}
     return {tenant: {entry.decode(): due for entry, due in line} for tenant, line in lines.items()}
 
 
