@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -124,7 +125,7 @@ def measure(bench: Bench, rounds: int) -> Costs:
     solos: defaultdict[tuple[int, int], list[dict[str, float]]] = defaultdict(list)
     lanes: list[float] = []
     for _ in range(rounds):
-        lanes.append(_lanes(bench.pipeline, runs[1][0], sizes[1]))
+        lanes.append(_lanes(bench, runs[1][0]))
         for company in COMPANIES:
             forwards[company] += _forwards(bench.pipeline, [runs[n][0] for n in company], [sizes[n] for n in company])
         for references in (0, 2):
@@ -203,25 +204,30 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _lanes(pipeline: Pipeline, run: Any, tokens: int) -> float:
-    """How much more gets done when forwards and decoding run beside each other: 1 to 2 times as much as in turn."""
-    engine = Engine(pipeline, Budget(tokens, 1))
+def _lanes(bench: Bench, run: Any) -> float:
+    """How much more gets done when forwards and a hand's work run beside each other: 1 to 2 times as much as in turn.
 
-    def forward() -> None:
-        engine.add(Seat("0", tokens, 12, 0.0), run)
-        engine.forward()
+    Forwards of one run leave cores idle that forwards of several need, so the mean of both.
+    """
+    pipeline, side = bench.pipeline, int(bench.pipeline.spec.width.default)
 
-    def decode() -> None:
+    def by_hand() -> None:
+        pipeline.settle_thread()
+        _start(bench, 1, side)
         pipeline.decode(run)
 
-    acts = (forward, decode)
-    alone = [_repeated(act) for act in acts]
-    with ThreadPoolExecutor(2) as pool:
-        beside = list(pool.map(_repeated, acts))
-    return sum(one / both for one, both in zip(alone, beside, strict=True))
+    found: list[float] = []
+    for company in {1, pipeline.num_lanes}:
+        acts = (partial(_forwards, pipeline, [run] * company, [pipeline.num_tokens(run)] * company), by_hand)
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+            threads = (one, other)  # one for each act, alone as beside the other
+            alone = [thread.submit(_repeated, act).result() for thread, act in zip(threads, acts, strict=True)]
+            beside = [thread.submit(_repeated, act) for thread, act in zip(threads, acts, strict=True)]
+            found.append(sum(one / both.result() for one, both in zip(alone, beside, strict=True)))
+    return statistics.mean(found)
 
 
-def _repeated(act: Callable[[], None]) -> float:
+def _repeated(act: Callable[[], object]) -> float:
     """Seconds of an act, over a second of them."""
     began, times = perf_counter(), 0
     while (passed := perf_counter() - began) < 1.0 or not times:
