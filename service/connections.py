@@ -1,7 +1,9 @@
 """One HTTP connection with deadlines: who sends or reads too slowly is cut off, whatever the application does.
 
 uvicorn waits for ever on a socket that says nothing, half a head or half a body. h11 reads line ends, folds and
-doubly framed bodies that a proxy in front may understand otherwise; those requests are refused.
+doubly framed bodies that a proxy in front may understand otherwise; those requests are refused. And it answers requests
+sent ahead of answers (pipelines) as fast as it can: a thousand of them by fifty sockets held up everybody else for
+0.2 s. No client of today sends them; the first is answered and the connection ends, as RFC 9112 §9.3.2 lets it.
 """
 
 from __future__ import annotations
@@ -84,6 +86,8 @@ class Connection(H11Protocol):
             self._refuse(code)
             return
         super().handle_events()
+        if self.conn.their_state is h11.DONE and self.conn.trailing_data[0] and not self.cycle.response_complete:
+            self.cycle.keep_alive = False  # more came with it: it is answered, and the rest is not read
         self._wind()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's own text is less
