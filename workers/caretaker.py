@@ -91,7 +91,8 @@ class Caretaker(threading.Thread):
         self._away = False
         self.heard_at = float("-inf")
         """Monotonic second at which Redis last answered a whole round."""
-        self._searched_at = self._swept_at = time.monotonic()
+        self._searched_at = float("-inf")  # at once: where workers die often, none may live until the next one
+        self._swept_at = time.monotonic()
         self._idle = IdleWatch(name)
         self._popped: set[str] = set()
 
@@ -145,17 +146,21 @@ class Caretaker(threading.Thread):
             return  # the card lapses by itself
 
     def search(self) -> None:
-        """Once a lease: look for deliveries that a gateway or worker has lost by dying at the wrong moment.
+        """At first, then once a lease: look for deliveries that others have lost by dying at the wrong moment.
+
+        What was popped counts as left if it was at the last search, a lease ago, or if its job has waited for long. Who
+        has popped the latter just now claims it all the same; one delivery too many does nothing.
 
         Raises:
             redis.exceptions.RedisError: Redis is away.
         """
         popped = set(queues.popped(self.client, self.kind))
-        for job_id in popped & self._popped:  # who popped it has had a lease's time to acknowledge it
+        waiting = self.ledger.waiting(self.ledger.lease_s / 2)
+        left = popped & (self._popped | {*waiting})
+        for job_id in left:
             _LOG.warning("delivery was popped and left", job_id=job_id)
             queues.acknowledge(self.client, self.kind, job_id)
-        self._popped = popped - self._popped
-        waiting = self.ledger.waiting(self.ledger.lease_s / 2)
+        self._popped = popped - left
         if waiting:
             for job_id in queues.ring_missing(self.client, self.kind, waiting):
                 _LOG.warning("delivery was missing", job_id=job_id)

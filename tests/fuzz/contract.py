@@ -31,7 +31,7 @@ CHECKS = (
 )
 PHASES = "examples,coverage,fuzzing,stateful"
 DOCUMENT = ROOT / "docs" / "openapi.json"
-ENDLESS = ("/v1/jobs/{id}/events",)
+ENDLESS = ("/v1/jobs/{id}/events", "/v1/trainings/{id}/events")
 """Answers that go on until a job ends, and here nobody works; tests/service/test_stream_restarts.py has them."""
 
 

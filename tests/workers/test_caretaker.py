@@ -134,6 +134,23 @@ def test_a_worker_killed_between_pop_and_acknowledge(client: redis.Redis, make_j
     assert client.exists("rq:job:job_1") == int(not ended)
 
 
+@pytest.mark.parametrize(("lease_s", "found"), [(0.0, True), (3600.0, False)])
+def test_a_new_worker_finds_what_one_before_it_popped(
+    client: redis.Redis, make_job: MakeJob, *, lease_s: float, found: bool
+) -> None:
+    """Where workers die faster than leases lapse none lives until a second search: the first one is enough for a job that
+    has waited for long. The control has not.
+    """
+    ledger = Ledger(client, CUSTOMIZE, lease_s=lease_s)
+    queues.ring_accepted(ledger, ledger.accept(make_job("job_1")))
+    line = queues.queue(client, CUSTOMIZE)
+    client.lmove(line.key, line.intermediate_queue_key)
+    newcomer = caretaker_of(client, None)
+    newcomer.ledger = ledger
+    newcomer.round()
+    assert (line.get_job_ids(), queues.popped(client, CUSTOMIZE)) == ((["job_1"], []) if found else ([], ["job_1"]))
+
+
 def test_deliveries_that_go_on_are_left_alone(client: redis.Redis) -> None:
     """The control: what is popped anew between two searches is never cleared."""
     caretaker = caretaker_of(client, None)
