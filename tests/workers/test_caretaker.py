@@ -138,8 +138,8 @@ def test_a_worker_killed_between_pop_and_acknowledge(client: redis.Redis, make_j
 def test_a_new_worker_finds_what_one_before_it_popped(
     client: redis.Redis, make_job: MakeJob, *, lease_s: float, found: bool
 ) -> None:
-    """Where workers die faster than leases lapse none lives until a second search: the first one is enough for a job that
-    has waited for long. The control has not.
+    """Where workers die faster than leases lapse none lives until a second search: one is enough for a job that has
+    waited for long. The control has not.
     """
     ledger = Ledger(client, CUSTOMIZE, lease_s=lease_s)
     queues.ring_accepted(ledger, ledger.accept(make_job("job_1")))
