@@ -1,4 +1,4 @@
-"""What a request says beside its body: idempotency, patience, a deadline, a trace."""
+"""What a request says beside its body: idempotency, patience, a deadline, a trace; and that it says each thing once."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Header
+from fastapi import Depends, Header, Request
 from starlette.datastructures import Headers
 
+from service.problems import Fault, Problem
 from workers.ledger import Once
 
 MAX_WAIT_S = 60
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?([0-9]{1,9})\"?(?:$|[,;\s])", re.IGNORECASE)
 _DURATION = re.compile(r"([0-9]{1,6})([smh]?)")
 _TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_NAME = re.compile(r"[a-z_]{1,64}")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -81,3 +83,14 @@ def names(if_none_match: str, etag: str) -> bool:
     """Whether `If-None-Match` names this tag (RFC 9110 §13.1.2, weak comparison)."""
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return "*" in tags or etag.removeprefix("W/") in tags
+
+
+async def _each_once(request: Request) -> None:
+    query = request.query_params
+    repeated = sorted(name for name in query if len(query.getlist(name)) > 1 and _NAME.fullmatch(name))
+    if repeated:
+        raise Problem.of_faults([Fault(f"?{name}", "invalid_value", "Give this parameter once.") for name in repeated])
+
+
+EACH_ONCE = Depends(_each_once)
+"""Of a route with parameters: 422 for one that is given twice, of which others may read the first and we the last."""

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from service.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
-from service.headers import JobHeaders, JobHeadersDependency
+from service.headers import EACH_ONCE, JobHeaders, JobHeadersDependency
 from service.intake import parse_json, read_body, validate
 from service.openapi import CUSTOMIZE_BODY, problems
 from service.problems import Problem
@@ -89,7 +89,7 @@ def _admit(
     return submitted
 
 
-@router.get("/v1/jobs", responses=problems(422, 503), summary="List jobs, newest first")
+@router.get("/v1/jobs", dependencies=[EACH_ONCE], responses=problems(422, 503), summary="List jobs, newest first")
 def list_jobs(gateway: GatewayDependency, tenant: TenantDependency, page: PageDependency) -> JobList:
     records, following = page.read(gateway.ledger, tenant)
     return JobList(jobs=[_body(gateway, record) for record in records], next_cursor=following)

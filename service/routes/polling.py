@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 
 from service.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
-from service.headers import MAX_WAIT_S, names
+from service.headers import EACH_ONCE, MAX_WAIT_S, names
 from service.openapi import problems
 from service.places import RETRY_AFTER_S
 from service.reading import SeenJob
@@ -62,6 +62,7 @@ def add_job(router: APIRouter) -> None:
     router.add_api_route(
         "/v1/jobs/{id}",
         get_job,
+        dependencies=[EACH_ONCE],
         responses={
             304: {"description": "Nothing happened to it: If-None-Match names its ETag."},
             **problems(404, 410, 422, 503),

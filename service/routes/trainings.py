@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from service.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
-from service.headers import SubmitHeadersDependency
+from service.headers import EACH_ONCE, SubmitHeadersDependency
 from service.intake import parse_json, read_body
 from service.openapi import TRAINING_BODY, problems
 from service.reading import SeenTraining
@@ -72,7 +72,9 @@ def _admit(
     return submitted
 
 
-@router.get("/v1/trainings", responses=problems(422, 503), summary="List trainings, newest first")
+@router.get(
+    "/v1/trainings", dependencies=[EACH_ONCE], responses=problems(422, 503), summary="List trainings, newest first"
+)
 def list_trainings(gateway: GatewayDependency, tenant: TenantDependency, page: PageDependency) -> TrainingList:
     records, following = page.read(gateway.trainings.ledger, tenant)
     return TrainingList(trainings=[_body(gateway, record) for record in records], next_cursor=following)
@@ -115,7 +117,12 @@ def list_recipes(gateway: GatewayDependency) -> RecipeList:
     )
 
 
-@router.get("/v1/adapters", responses=problems(422, 503), summary="Trained and registered adapters, newest first")
+@router.get(
+    "/v1/adapters",
+    dependencies=[EACH_ONCE],
+    responses=problems(422, 503),
+    summary="Trained and registered adapters, newest first",
+)
 def list_adapters(
     gateway: GatewayDependency,
     tenant: TenantDependency,

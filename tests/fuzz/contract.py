@@ -57,7 +57,7 @@ def run_contract(examples: int, seed: int, document: Path = DOCUMENT) -> Fuzzed:
             *("--url", f"http://{host}:{port}", "--phases", PHASES, "--mode", "all", "--checks", ",".join(CHECKS)),
             *("--max-examples", str(examples), "--seed", str(seed), "--continue-on-failure", "--no-color"),
             *("--generation-database", ":memory:", "--report-json-path", str(report), "--warnings", "off"),
-            *("--suppress-health-check", "all", "--request-timeout", "30", "--no-shrink"),
+            *("--suppress-health-check", "all", "--request-timeout", "90", "--no-shrink"),
             *(word for path in ENDLESS for word in ("--exclude-path", path)),
         ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

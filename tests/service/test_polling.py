@@ -82,3 +82,16 @@ def test_a_key_is_remembered_only_as_long_as_it_may_be(bench: Bench) -> None:
     forgetful = Door(book, "keys", "127.0.0.1", remember_s=0)
     assert forgetful.tenant(key, None) == "acme"
     assert not forgetful.remembers(key)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/jobs/{job}?wait=1&wait=0", "/v1/jobs?limit=1&limit=2", "/v1/trainings?limit=1&limit=1"]
+)
+def test_a_parameter_given_twice_is_refused(keyed: TestClient, redis_server: RedisProcess, path: str) -> None:
+    """Something in front may have read the other one. Once, the control, is answered."""
+    key = TenantBook(redis.Redis.from_url(redis_server.url)).create_key("mine")
+    headers = {"Authorization": f"Bearer {key}"}
+    job = keyed.post("/v1/customize", json={"prompt": "a"}, headers=headers).json()["id"]
+    twice = keyed.get(path.format(job=job), headers=headers)
+    assert (twice.status_code, twice.json()["code"]) == (422, "invalid_value")
+    assert keyed.get(path.format(job=job).rpartition("&")[0], headers=headers).status_code == 200
