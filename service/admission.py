@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from model.roles import Role
 from model.spec import ModelSpec, Range
 from service.adapters import adapter_use
+from service.callers.limits import StepCost, cost_s
 from service.images import Picture, PictureGate
-from service.limits import StepCost, cost_s
 from service.problems import Fault, Problem
 from service.prompts import check_prompt, clean_text, with_trigger
 from service.schemas import CustomizeRequest, ReferenceBody

@@ -64,7 +64,7 @@ def serve(
     state_dir: Annotated[Path | None, typer.Option(help="Jobs and pictures. Default: .state.")] = None,
 ) -> None:
     """Start everything: a private Redis unless DREAMSERVE_REDIS_URL is set, workers, the courier and the gateway."""
-    from service.auth import exposed  # noqa: PLC0415 - keeps the other commands quick
+    from service.callers.auth import exposed  # noqa: PLC0415 - keeps the other commands quick
     from service.commands.process_tree import TreeFailedError  # noqa: PLC0415 - as above
     from service.commands.serving import OpenToOthersError, Serving  # noqa: PLC0415 - as above
     from service.commands.serving import serve as run  # noqa: PLC0415 - as above

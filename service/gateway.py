@@ -11,11 +11,11 @@ from fastapi import Depends, Request
 
 from model.spec import ModelSpec, load_spec
 from service.admission import Admission
-from service.auth import Door
+from service.callers.auth import Door
+from service.callers.limits import StepCost
+from service.callers.places import Places
 from service.events import Watcher
-from service.limits import StepCost
 from service.metrics import GatewayMetrics
-from service.places import Places
 from service.readiness import Readiness
 from service.reading import JobReader, Reader, TrainingReader
 from service.records import DrainGauge

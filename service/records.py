@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import Depends, Path, Query, Response, status
 
-from service.limits import WINDOWS_S, drain_rate
+from service.callers.limits import WINDOWS_S, drain_rate
 from service.problems import Fault, Problem
 from service.schemas import JobErrorView, QueueView
 from workers.books.values import DamagedRecordError, Look

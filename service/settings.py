@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from service.limits import StepCost
+from service.callers.limits import StepCost
 from workers.settings import QueueSettings
 
 

@@ -7,7 +7,7 @@ from typing import Any, Generic
 
 from fastapi import Response
 
-from service.limits import retry_after_s
+from service.callers.limits import retry_after_s
 from service.problems import Fault, Problem
 from service.records import DrainGauge, found
 from service.schemas import RecordUrls, WebhookBody

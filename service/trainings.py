@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.admission import check_metadata
+from service.callers.limits import training_cost_s
 from service.intake import faults_of
-from service.limits import training_cost_s
 from service.problems import Fault, Problem
 from service.records import common_fields, time_text
 from service.schemas import QueueView, RecordUrls

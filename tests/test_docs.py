@@ -53,7 +53,7 @@ def test_the_walks_name_real_functions() -> None:
 
 
 PACKAGES = (
-    *("service/routes", "service/commands", "service/client"),
+    *("service/callers", "service/routes", "service/commands", "service/client"),
     *("workers/books", "workers/telemetry", "workers/inference", "workers/courier", "workers/training"),
 )
 

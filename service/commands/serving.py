@@ -19,9 +19,9 @@ import httpx2
 import uvicorn
 from fastapi import FastAPI
 
-from service.auth import OPEN_TO_OTHERS, Auth, refuses_to_open
+from service.callers.auth import OPEN_TO_OTHERS, Auth, refuses_to_open
+from service.callers.connections import Deadlines, allow_open_files, connections
 from service.commands.process_tree import ProcessTree, Program, TreeFailedError
-from service.connections import Deadlines, allow_open_files, connections
 from service.gateway import Gateway
 from service.settings import GatewaySettings
 from workers import queues

@@ -9,7 +9,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response, status
 from fastapi.responses import StreamingResponse
 
-from service.auth import TenantDependency, tenant_of
+from service.callers.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
 from service.headers import EACH_ONCE, JobHeaders, JobHeadersDependency
 from service.intake import parse_json, read_body, validate
@@ -18,8 +18,8 @@ from service.problems import Problem
 from service.reading import Seen
 from service.records import PageDependency, RecordId, cancel, found, place_in_queue
 from service.routes.polling import add_job, awaited, body_of
+from service.routes.streams import STREAM_RESPONSES, FollowerDependency
 from service.schemas import JobBody, JobList, Liveness, ModelList, Readiness
-from service.streams import STREAM_RESPONSES, FollowerDependency
 from service.submissions import Submitted, Terms, accepted, point_to, replayed
 from service.views import job_body, model_body
 from workers import queues

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request, Response, status
 
-from service.auth import TenantDependency, tenant_of
+from service.callers.auth import TenantDependency, tenant_of
 from service.gateway import GatewayDependency
 from service.openapi import problems
 from service.problems import Problem

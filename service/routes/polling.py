@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response, status
 from fastapi.routing import APIRoute
 
-from service.auth import TenantDependency, tenant_of
+from service.callers.auth import TenantDependency, tenant_of
+from service.callers.places import RETRY_AFTER_S
 from service.gateway import Gateway, GatewayDependency
 from service.headers import EACH_ONCE, MAX_WAIT_S, names
 from service.openapi import problems
-from service.places import RETRY_AFTER_S
 from service.reading import SeenJob
 from service.records import RECORD_ID, RecordId
 from service.schemas import JobBody

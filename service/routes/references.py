@@ -8,7 +8,7 @@ from typing import Annotated
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Path, Request, Response, status
 
-from service.auth import TenantDependency, tenant_of
+from service.callers.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
 from service.openapi import REFERENCE_BODY, problems
 from service.problems import Problem

@@ -9,14 +9,14 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
 
-from service.auth import TenantDependency, tenant_of
+from service.callers.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
 from service.headers import EACH_ONCE, SubmitHeadersDependency
 from service.intake import parse_json, read_body
 from service.openapi import TRAINING_BODY, problems
 from service.reading import SeenTraining
 from service.records import PageDependency, RecordId, cancel, found, place_in_queue
-from service.streams import STREAM_RESPONSES, FollowerDependency
+from service.routes.streams import STREAM_RESPONSES, FollowerDependency
 from service.submissions import Submitted, Terms, accepted, point_to, replayed
 from service.training_schemas import AdapterList, RecipeList, TrainingBody, TrainingList
 from service.trainings import adapter_view, training_body, validate_training

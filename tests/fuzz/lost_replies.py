@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import httpx2
 
+from service.callers.connections import allow_open_files
 from service.client import Client
-from service.connections import allow_open_files
 from tests.fuzz.slow_sockets import gateway
 from tests.service.gates import Address
 from tests.service.lossy import Fault, Plan, proxied

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import httpx2
 
-from service.connections import allow_open_files
+from service.callers.connections import allow_open_files
 from tests.conftest import ROOT
 from workers.redis_process import start_redis
 

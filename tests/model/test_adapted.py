@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -27,11 +26,9 @@ from model.network import fused
 from model.pipeline import Pipeline
 from model.precision import quantized
 from model.preprocess import Tools, load_tools
-from model.requests import ImageRequest, Reference
-from model.roles import Role
-from model.sampling import Denoising
 from model.transformer import EmbeddingTables, Network
 from tests.model.adapters import another_dreamo, lora_files, plain_lora
+from tests.model.drawing import begun, drawn, off
 from tests.model.unfolding import unfolded
 
 SCALES = (1.0, 0.6, -0.5)
@@ -72,42 +69,6 @@ def dreamo(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def main_of(source: ModelSource) -> Path:
     return Path(source.base_model) / "dreamo" / MAIN
-
-
-def begun(pipeline: Pipeline, adaptation: Adaptation | None = None) -> Denoising:
-    """A request that reads everything an adapter can change: references in slots, placeholders, true CFG."""
-    noise = np.random.default_rng(0)
-    references = tuple(
-        Reference(slot, Role.STYLE, noise.integers(0, 256, (32, 32, 3), dtype=np.uint8), None, 32, "fail")
-        for slot in (1, 3)
-    )
-    request = ImageRequest(
-        prompt="the toy [ref#1] and the mug [ref#3]",
-        negative_prompt="blue",
-        references=references,
-        height=64,
-        width=96,
-        num_inference_steps=6,
-        guidance=3.5,
-        first_step_guidance=2.0,
-        true_cfg_scale=2.0,
-        true_cfg_start=1,
-        true_cfg_end=3,
-    )
-    return pipeline.start(pipeline.encode(request, pipeline.preprocess(request), adaptation), seed=3)
-
-
-def drawn(pipeline: Pipeline, adaptation: Adaptation | None = None) -> torch.Tensor:
-    """The request's latents after all its steps."""
-    run = begun(pipeline, adaptation)
-    while not run.done:
-        (run,) = pipeline.step([run])
-    return run.latents
-
-
-def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Relative distance."""
-    return float((got - wanted).norm() / wanted.norm())
 
 
 def fused_between(source: ModelSource, served: LoadedModel, other: Path, scale: float) -> LoadedModel:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
+from service.callers.connections import Deadlines
 from service.commands.serving import http_config
-from service.connections import Deadlines
 
 Address = tuple[str, int]
 

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 
 from service.app import create_app
-from service.connections import Deadlines
+from service.callers.connections import Deadlines
 from tests.service.conftest import settings
 from tests.service.gates import Gate, serve
 from tests.waiting import wait_for

@@ -16,7 +16,7 @@ import redis
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.auth import REMEMBER_S
+from service.callers.auth import REMEMBER_S
 from service.events import CHECK_S
 from tests.service.conftest import Bench, picture, settings
 from tests.service.gates import Gate, serve

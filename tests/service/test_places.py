@@ -15,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.places import Places
+from service.callers.places import Places
 from service.problems import Problem
 from tests.service.conftest import Bench, data_url, picture, settings
 from tests.service.gates import Gate, serve

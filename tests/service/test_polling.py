@@ -11,7 +11,7 @@ import redis
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.auth import Door
+from service.callers.auth import Door
 from tests.service.conftest import Bench, picture, settings
 from workers.redis_process import RedisProcess
 from workers.tenants import TenantBook

@@ -20,8 +20,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.callers.connections import Deadlines
 from service.commands.serving import http_config
-from service.connections import Deadlines
 from tests.service.conftest import Bench, data_url, picture, reference, settings
 from tests.waiting import wait_for
 from workers.artifacts import ArtifactError

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from service.auth import exposed
+from service.callers.auth import exposed
 from service.cli import app
 from service.commands.samples import TILE, contact_sheet, ring, star
 from service.commands.serving import Serving, _programs

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from model.roles import Role
 from model.spec import ModelSpec, flux_spec
 from service.app import create_app
-from service.limits import (
+from service.callers.limits import (
     LONGEST_TRAINING_S,
     LONGEST_WAIT_S,
     UNKNOWN_WAIT_S,

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from structlog.testing import capture_logs
 
 from service.app import create_app
-from service.auth import REMEMBER_S, Door
+from service.callers.auth import REMEMBER_S, Door
 from service.client.blocking import Client
 from service.client.errors import UnauthenticatedError
 from service.problems import Problem

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from service.connections import allow_open_files
+from service.callers.connections import allow_open_files
 from tests.benchmarks.traffic.load import Server, asked, repeated, request
 from tests.fuzz.bombs import bombs
 from tests.fuzz.json_corpus import cases

@@ -11,7 +11,7 @@ from fastapi import Depends, Header, Request, Response, status
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from service.auth import TenantDependency, tenant_of
+from service.callers.auth import TenantDependency, tenant_of
 from service.events import Watcher, stream
 from service.gateway import Gateway, GatewayDependency
 from service.openapi import problems

@@ -1,0 +1,1 @@
+"""Who calls, and how much of the service a caller may have."""
