@@ -36,6 +36,7 @@ from workers.process import WorkerProcess
 from workers.settings import WorkerSettings
 from workers.telemetry.logs import configure_logging
 
+POISONED_STEP = 20
 _GUARDS = (
     "if not holds(id, token) then return 0 end\n",
     "if status == to then return 1 end\n",
@@ -126,8 +127,8 @@ VARIANTS: dict[str, type[WitnessLedger]] = {
 
 
 def step(run: Run) -> None:
-    """Take a little time; a job that asks for poison takes the process with it."""
-    if "poison" in run.request.prompt:
+    """Take a little time; a job that asks for poison takes the process with it, once others can be beside it."""
+    if "poison" in run.request.prompt and run.step == POISONED_STEP:
         os._exit(9)
     time.sleep(float(os.environ["FAULTS_STEP_S"]))
 
