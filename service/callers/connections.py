@@ -1,9 +1,9 @@
 """One HTTP connection with deadlines: who sends or reads too slowly is cut off, whatever the application does.
 
-uvicorn waits for ever on a socket that says nothing, half a head or half a body. h11 reads line ends, folds and
-doubly framed bodies that a proxy in front may understand otherwise; those requests are refused. And it answers requests
-sent ahead of answers (pipelines) as fast as it can: a thousand of them by fifty sockets held up everybody else for
-0.2 s. No client of today sends them; the first is answered and the connection ends, as RFC 9112 §9.3.2 lets it.
+uvicorn waits for ever on a socket that says nothing, half a head or half a body. A head is gathered here until it is
+whole, and what a proxy in front may understand otherwise is refused before llhttp reads it. Of requests sent ahead of
+answers (pipelines) the first is answered and the connection ends, as RFC 9112 §9.3.2 lets it: answered as fast as they
+come, a thousand of them by fifty sockets held up everybody else for 0.2 s. No client of today sends them.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ import json
 import re
 import resource
 import secrets
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from http import HTTPStatus
 from typing import Final
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.problems import MEDIA_TYPE, TABLE, ProblemDetails, problem_body
 
 MAX_HEAD_BYTES: Final = 16 * 1024
 _LEAST_READ: Final = 64 * 1024
-_HEAD = re.compile(rb".*?\n\r?\n", re.DOTALL)
+_END = re.compile(rb"\n\r?\n")
 _ODD = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")
 """Bare line ends (RFC 9112 §2.2) and folded fields (§5.2)."""
+_LINE = re.compile(rb"(?:\r\n)?[!-~]+ [!-~]+ HTTP/1\.[01]\r\n")
+"""A method, a target and a version with one space between each (RFC 9112 §3)."""
+_UPGRADE = re.compile(rb"\nupgrade:[\t -~\x80-\xff]*\r(?=\n)", re.IGNORECASE)
 _LENGTH = re.compile(rb"\ncontent-length[ \t]*:", re.IGNORECASE)
 _ENCODING = re.compile(rb"\ntransfer-encoding[ \t]*:", re.IGNORECASE)
 
@@ -50,22 +53,37 @@ class Deadlines:
     reader: float = 60.0
 
 
-class Connection(H11Protocol):
+class _Stage(Enum):
+    """What is awaited of the caller."""
+
+    GATHERING = auto()
+    """A head, or the rest of it."""
+    PARSING = auto()
+    """Nothing: a whole head is with the parser."""
+    BODY = auto()
+    ANSWERING = auto()
+    """Nothing: the request is whole and its answer is not."""
+
+
+class Connection(HttpToolsProtocol):
     """uvicorn's connection with a clock for what it waits for."""
 
     deadlines = Deadlines()
     rejected: Callable[[str], None] = staticmethod(lambda _: None)
     """Told the code of each problem that is answered here."""
 
+    parser: httptools.HttpRequestParser
+    _stage = _Stage.GATHERING
+    _head = b""
+    _left: int | None = 0
+    """Bytes of the body to come; None: it is chunked."""
+    _early = b""
     _clock: asyncio.TimerHandle | None = None
-    _awaited: object = None
-    _between = True
-    """Whether no request is being read or answered."""
     _reader_clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
-        self._wind()
+        self._wind(self.deadlines.head)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
@@ -73,34 +91,114 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         self._stop_reader_clock()
-        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
-            self._awaited = None  # the first byte of a request: its time begins
-        super().data_received(data)
-        self._wind()
+        self._unset_keepalive_if_required()
+        self._take(data)
 
-    def handle_events(self) -> None:
-        self._between = self.conn.their_state is h11.IDLE
-        code = _refused(self.conn.trailing_data[0]) if self._between else None
+    def _take(self, data: bytes) -> None:
+        if self._stage is _Stage.ANSWERING:
+            self._take_early(data)
+        elif self._stage is _Stage.BODY:
+            self._take_body(data)
+        else:
+            self._gather(data)
+
+    def _gather(self, data: bytes) -> None:
+        """A head is parsed when it is whole."""
+        known = len(self._head)
+        self._head += data
+        end = _END.search(self._head, max(0, known - 2))
+        code = _refused(self._head, end.end() if end else None)
         if code:
             self._refuse(code)
-            return
-        super().handle_events()
-        if self.conn.their_state is h11.DONE and self.conn.trailing_data[0] and not self.cycle.response_complete:
-            self.cycle.keep_alive = False  # more came with it: it is answered, and the rest is not read
-        self._wind()
+        elif end:
+            # No protocol is switched, so the wish is not heard; llhttp would take a body for the other protocol.
+            head, rest = _UPGRADE.sub(b"", self._head[: end.end()]), self._head[end.end() :]
+            self._head = b""
+            self._stage = _Stage.PARSING
+            self._parse(head)
+            if rest and not self.transport.is_closing():
+                self._take(rest)
+        elif not known:
+            self._wind(self.deadlines.head)
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's own text is less
-        """What uvicorn calls while it handles h11's error; that error says which status fits."""
-        error = sys.exception()
-        long = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
-        self._refuse("head_too_large" if long else "malformed_request")
+    def _take_body(self, data: bytes) -> None:
+        if self._left is None:
+            self._parse(data)
+            return
+        own, rest = data[: self._left], data[self._left :]
+        self._left -= len(own)
+        self._parse(own)
+        if rest:
+            self._take(rest)
+
+    def _take_early(self, data: bytes) -> None:
+        """Bytes of another request: in time if the caller has the whole answer, and only the application has yet to
+        say that there is no more. Otherwise the connection ends with the answer.
+        """
+        cycle = self.cycle
+        left = 0 if cycle.scope["method"] == "HEAD" else cycle.expected_content_length
+        if cycle.response_started and not cycle.chunked_encoding and left == 0:
+            self._early += data
+            self.flow.pause_reading()
+        else:
+            self._end_after_answer()
+
+    def _end_after_answer(self) -> None:
+        self.cycle.keep_alive = False
+        self.flow.pause_reading()
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            if self._stage is _Stage.ANSWERING:
+                self._end_after_answer()
+            elif self._stage is _Stage.GATHERING:
+                self.transport.close()  # with the end of a chunked body that was answered without it
+            else:
+                self._refuse("malformed_request")
+
+    # What the parser tells. An exception ends its work; `_parse` sees an `HttpParserError`.
+
+    def on_message_begin(self) -> None:
+        if self._stage is not _Stage.PARSING:
+            raise ValueError("more than one request")
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._stage is _Stage.PARSING:  # and is no trailer of a body
+            super().on_header(name, value.strip(b" \t"))
+
+    def on_headers_complete(self) -> None:
+        self._left = _body_length(self.parser.get_http_version(), self.headers)
+        super().on_headers_complete()
+        self._stage = _Stage.BODY
+        if self._left != 0:
+            self._wind(self.deadlines.body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._stop_clock()
+        if self.cycle.response_complete:
+            self._stage = _Stage.GATHERING
+            self._wind(self.deadlines.head)
+        else:
+            self._stage = _Stage.ANSWERING
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
+        super().on_response_complete()  # it winds uvicorn's own clock for the next request
         if self.transport.get_write_buffer_size():
             self._start_reader_clock()
-        self._wind()
+        if self._stage is _Stage.BODY:
+            self._wind(self.deadlines.linger)
+            return
+        self._stage = _Stage.GATHERING
+        if self._early:
+            data, self._early = self._early, b""
+            self.data_received(data)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -110,21 +208,10 @@ class Connection(H11Protocol):
         self._stop_reader_clock()
         super().resume_writing()
 
-    def _wind(self) -> None:
-        """Start the clock anew when something else is awaited of the caller than before."""
-        state = self.conn.their_state
-        self._between = state is h11.IDLE
-        if self._between:
-            seconds = self.deadlines.head
-        elif state is h11.SEND_BODY:
-            seconds = self.deadlines.linger if self.cycle.response_complete else self.deadlines.body
-        else:
-            seconds = None
-        if (state, seconds) == self._awaited:
-            return
-        self._awaited = (state, seconds)
+    def _wind(self, seconds: float) -> None:
+        """Start the clock anew."""
         self._stop_clock()
-        if seconds is not None and not self.transport.is_closing():
+        if not self.transport.is_closing():
             self._clock = self.loop.call_later(seconds, self._too_slow)
 
     def _too_slow(self) -> None:
@@ -133,9 +220,13 @@ class Connection(H11Protocol):
 
     def _refuse(self, code: str) -> None:
         """Say why, if no answer has begun, and hang up."""
-        if (self._between or not self.cycle.response_started) and not self.transport.is_closing():
+        reading = self._stage in (_Stage.GATHERING, _Stage.PARSING)
+        if (reading or not self.cycle.response_started) and not self.transport.is_closing():
             self.rejected(code)
             self.transport.write(_answer(code))
+        if not reading:
+            self.cycle.disconnected = True  # what the application still says is not for this answer
+            self.cycle.message_event.set()
         self._start_reader_clock()
         self.transport.close()
 
@@ -176,16 +267,37 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _refused(received: bytes) -> str | None:
-    """Code of what is wrong with a head, once it is there."""
-    match = _HEAD.match(received)
-    if match is None:
-        return "head_too_large" if len(received) > MAX_HEAD_BYTES else None
-    head = match[0]
-    if len(head) > MAX_HEAD_BYTES:
+def _refused(received: bytes, end: int | None) -> str | None:
+    """Code of what is wrong with the bytes of a head. `end`: where it ends, if it is whole."""
+    if (end or len(received)) > MAX_HEAD_BYTES:
         return "head_too_large"
+    if end is None:
+        return None
+    head = received[:end]
     framed_twice = _LENGTH.search(head) and _ENCODING.search(head)
-    return "malformed_request" if framed_twice or _ODD.search(head) else None
+    return "malformed_request" if framed_twice or _ODD.search(head) or not _LINE.match(head) else None
+
+
+def _body_length(version: str, headers: list[tuple[bytes, bytes]]) -> int | None:
+    """Bytes of the body; None: it is chunked.
+
+    Raises:
+        ValueError: a head that llhttp takes has no one meaning: not one host, or codings beside chunked.
+    """
+    hosts = 0
+    codings: list[bytes] = []
+    length = 0
+    for name, value in headers:
+        if name == b"host":
+            hosts += 1
+        elif name == b"transfer-encoding":
+            codings.append(value.lower())
+        elif name == b"content-length":
+            length = int(value)
+    old = version == "1.0"
+    if hosts > 1 or (hosts == 0 and not old) or (codings and (old or codings != [b"chunked"])):
+        raise ValueError("a head that may be read in two ways")
+    return None if codings else length
 
 
 def _answer(code: str) -> bytes:
