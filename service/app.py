@@ -69,10 +69,12 @@ def create_app(settings: GatewaySettings, tracing: Tracing | None = None) -> Fas
         docs_url=None,  # the stock page loads scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # its answer is built from the Host header
+        # Its spans and records hold paths, queries and what was refused; ours are those of `RequestShell`.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.gateway = gateway
-    app.include_router(open_router)
     app.include_router(router)
+    app.include_router(open_router)
     app.include_router(picture_router)
     app.include_router(reference_router)
     app.include_router(training_router)

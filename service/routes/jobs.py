@@ -89,13 +89,13 @@ def _admit(
     return submitted
 
 
+add_job(router)  # routes are tried in turn, and this one is asked most of all
+
+
 @router.get("/v1/jobs", dependencies=[EACH_ONCE], responses=problems(422, 503), summary="List jobs, newest first")
 def list_jobs(gateway: GatewayDependency, tenant: TenantDependency, page: PageDependency) -> JobList:
     records, following = page.read(gateway.ledger, tenant)
     return JobList(jobs=[_body(gateway, record) for record in records], next_cursor=following)
-
-
-add_job(router)
 
 
 @router.get(

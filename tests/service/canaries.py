@@ -131,6 +131,7 @@ class House:
             "DREAMSERVE_WEBHOOK_SECRETS": SECRET,
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.collector.server_port}",
             "OTEL_BSP_SCHEDULE_DELAY": "100",
+            "FASTAPI_OTEL_AUTO_CONFIGURE": "true",  # FastAPI's own spans and records would hold paths and queries
             "STANDIN_DIR": str(self.home),
         }
         with (self.home / f"{name}.log").open("ab") as log:
