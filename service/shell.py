@@ -23,6 +23,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUIET = frozenset({"/livez", "/readyz"})
 """Asked every few seconds by who watches; logged at debug only."""
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+_LOG = structlog.stdlib.get_logger("service")
 
 
 class RequestShell:
@@ -36,7 +37,6 @@ class RequestShell:
         self.app = app
         self.metrics = metrics
         self.tracing = tracing
-        self._log = structlog.stdlib.get_logger("service").bind()  # once: a line for each request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,7 +72,7 @@ class RequestShell:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:  # noqa: BLE001 - the outermost shell: nothing may pass it
-            self._log.error("request failed", exception=type(error).__name__)
+            _LOG.error("request failed", exception=type(error).__name__)
             if not status:  # a half-sent answer can only be cut off, which returning does
                 details = ProblemDetails("internal", TABLE["internal"].meaning)
                 scope["state"]["problem"] = details.code
@@ -86,7 +86,7 @@ class RequestShell:
             self.metrics.rejected(code)
         level = logging.DEBUG if route in _QUIET else logging.INFO
         said = {"code": code} if code else {}
-        self._log.log(level, "request", method=method, route=route, status=status, seconds=round(seconds, 4), **said)
+        _LOG.log(level, "request", method=method, route=route, status=status, seconds=round(seconds, 4), **said)
         if span.is_recording():
             span.update_name(f"{method} {route}" if route else method)
             span.set_attributes({"http.request.method": method, "http.response.status_code": status})
