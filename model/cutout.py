@@ -143,7 +143,7 @@ class Ben2:
         return alpha_from_map(saliency.cpu().numpy(), pixels.shape[0], pixels.shape[1])
 
 
-BEN2_INSTALL = "pip install git+https://github.com/PramaLLC/BEN2.git"
+BEN2_INSTALL = "pip install --no-deps git+https://github.com/PramaLLC/BEN2.git"
 
 
 def ben2_input(pixels: Pixels, dtype: torch.dtype = torch.float32) -> torch.Tensor:

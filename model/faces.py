@@ -123,7 +123,7 @@ class FacexlibFaces:
             safetensors_file(directory, f"{name}.safetensors", CONVERT)
             for name in ("detection_Resnet50_Final", "parsing_bisenet")
         ]
-        remedy = "install facexlib and torchvision, or set DREAMSERVE_FACES to opencv"
+        remedy = "install facexlib as docs/decisions/0007-preprocessors.md says, or set DREAMSERVE_FACES to opencv"
         retinaface = optional_attribute("facexlib.detection.retinaface", "RetinaFace", remedy)
         bisenet = optional_attribute("facexlib.parsing.bisenet", "BiSeNet", remedy)
         detector = retinaface(network_name="resnet50", device=torch.device(device))

@@ -32,7 +32,11 @@ def fuse(
     out: Annotated[Path, typer.Option(help="New directory to write; pass it on as DREAMSERVE_FUSED.")],
     base: Annotated[
         str,
-        typer.Option(envvar="DREAMSERVE_BASE_MODEL", help="FLUX.1-dev in diffusers layout, or its hub id."),
+        typer.Option(
+            envvar="DREAMSERVE_BASE_MODEL",
+            help="FLUX.1-dev in diffusers layout, or its hub id.",
+            show_default="the shipped model",
+        ),
     ] = str(SHIPPED),
     dreamo: Annotated[
         Path | None,

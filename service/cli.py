@@ -58,10 +58,14 @@ def dreamserve(
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Default: DREAMSERVE_HOST, else 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: a free one. Default: 8080.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="0: a free one. Default: DREAMSERVE_PORT, else 8080.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes, each with the model loaded.")] = 1,
     training_workers: Annotated[int, typer.Option(min=0, help="Processes that run trainings.")] = 0,
-    state_dir: Annotated[Path | None, typer.Option(help="Jobs and pictures. Default: .state.")] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Jobs and pictures. Default: DREAMSERVE_STATE_DIR, else .state.")
+    ] = None,
 ) -> None:
     """Start everything: a private Redis unless DREAMSERVE_REDIS_URL is set, workers, the courier and the gateway."""
     from service.callers.auth import exposed  # noqa: PLC0415 - keeps the other commands quick

@@ -5,9 +5,10 @@ Exit code 0 when gateway and worker would start, 1 otherwise. Loads no weights.
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -181,8 +182,11 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Print the table; returns the exit code."""
+    argparse.ArgumentParser("dreamserve doctor", description="What this machine has, and what is missing.").parse_args(
+        arguments
+    )
     console = Console()
     try:
         settings = WorkerSettings()
@@ -210,11 +214,11 @@ def _tool(what: str, setting: str, simple: str, learned: str) -> Finding:
         return Finding(what, f"{simple} ({setting})", "ok" if present else "problem", remedy)
     weights = Path(setting.partition(":")[2])
     if find_spec(learned) is None:
-        return Finding(what, setting, "problem", f"pip install {learned}")
+        return Finding(what, setting, "problem", f"install {learned} as docs/decisions/0007-preprocessors.md says")
     if not weights.exists():
         return Finding(what, setting, "problem", f"{weights} does not exist")
     return Finding(what, setting)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

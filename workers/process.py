@@ -242,7 +242,7 @@ def find_url(settings: QueueSettings) -> str:
     return url
 
 
-def refuse(message: str) -> int:
+def refuse(message: str, process: str = "worker") -> int:
     """Say in one line why the process cannot work; returns its exit code."""
-    sys.stderr.write(f"dreamserve worker: {message}\n")
+    sys.stderr.write(f"dreamserve {process}: {message}\n")
     return 2

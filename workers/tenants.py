@@ -56,8 +56,7 @@ class TenantBook:
         Raises:
             ValueError: the tenant's name is not one.
         """
-        if not NAME.fullmatch(tenant):
-            raise ValueError("a tenant's name has lowercase letters, digits, `.`, `_` and `-`, at most 64")
+        _check(tenant)
         key = f"dreamserve_{secrets.token_hex(6)}_{secrets.token_urlsafe(32)}"
         self._write(KeyEntry(key.split("_")[1], tenant, _digest(key), self._now()))
         return key
@@ -87,7 +86,12 @@ class TenantBook:
         return bool(self.redis.hlen(f"{ROOT}keys"))
 
     def set_share(self, tenant: str, seconds: float) -> None:
-        """Let a tenant have so many estimated GPU-seconds waiting and running."""
+        """Let a tenant have so many estimated GPU-seconds waiting and running.
+
+        Raises:
+            ValueError: the tenant's name is not one.
+        """
+        _check(tenant)
         self.redis.hset(f"{ROOT}shares", tenant, repr(float(seconds)))
 
     def shares(self) -> dict[str, float]:
@@ -107,6 +111,11 @@ def id_of(key: str) -> str | None:
     """The public part of a key; None for what cannot be one, so that nobody need be asked."""
     match = _KEY.fullmatch(key)
     return match[1] if match else None
+
+
+def _check(tenant: str) -> None:
+    if not NAME.fullmatch(tenant):
+        raise ValueError("a tenant's name has lowercase letters, digits, `.`, `_` and `-`, at most 64")
 
 
 def _digest(key: str) -> str:

@@ -60,6 +60,19 @@ def revoke(
             _fail("there is no key of this id: see `dreamserve keys list`")
 
 
+@keys.command()
+def share(
+    tenant: Annotated[str, typer.Argument(help="Whose: it need not have a key yet.")],
+    seconds: Annotated[float, typer.Argument(min=0.0)],
+) -> None:
+    """Set the estimated GPU-seconds that a tenant may have waiting and running."""
+    with _book() as book:
+        try:
+            book.set_share(tenant, seconds)
+        except ValueError as error:
+            _fail(str(error))
+
+
 @contextmanager
 def _book() -> Generator[TenantBook]:
     """The tenants of the configured Redis, of the running private one, or of the private one started for this."""

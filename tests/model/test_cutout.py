@@ -221,7 +221,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     """Weights without the package: the message says how to install it."""
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match="pip install git") as refused:
+    with pytest.raises(WeightsError, match="pip install --no-deps git") as refused:
         Ben2(tmp_path, "cpu")
     assert refused.value.code == "weights_missing"
 

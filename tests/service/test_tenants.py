@@ -205,11 +205,13 @@ def test_the_command_line_keeps_keys_in_the_state_directory(tmp_path: Path) -> N
     assert key.split("_", 2)[2] not in listed
     assert _run(tmp_path, "keys", "revoke", key.split("_")[1]).returncode == 0
     assert _run(tmp_path, "keys", "revoke", "nothing").returncode == 2
+    assert _run(tmp_path, "keys", "share", "acme", "45").returncode == 0
+    assert "lowercase" in _run(tmp_path, "keys", "share", "Acme!", "45").stderr
     server = start_redis(tmp_path)
     try:
         book = TenantBook(redis.Redis.from_url(server.url))
         assert [(entry.tenant, entry.fits(key)) for entry in book.entries()] == [("acme", False)]
-        assert book.shares() == {"acme": 90.0}
+        assert book.shares() == {"acme": 45.0}
     finally:
         server.stop()
 

@@ -207,15 +207,15 @@ def run_courier(settings: CourierSettings) -> int:
         egress = Egress(Rules.of(settings), trust(settings.egress_authorities), resolve=resolver)
         client = queues.connect(find_url(settings), timeout_s=3.0)
     except (ConfigurationError, SecretError) as error:
-        return refuse(str(error))
+        return refuse(str(error), "courier")
     except OSError as error:  # ssl.SSLError among them
-        return refuse(f"DREAMSERVE_EGRESS_AUTHORITIES: {error.strerror or 'no certificates in it'}")
+        return refuse(f"DREAMSERVE_EGRESS_AUTHORITIES: {error.strerror or 'no certificates in it'}", "courier")
     metrics, tracing = CourierMetrics.fresh(), open_tracing("courier")
     courier = Courier(client, settings, egress, lambda tenant: secrets_of(configured, tenant), metrics, tracing)
     try:
         exposition = open_exposition(settings, metrics.registry, alive=dict[str, str], ready=courier.unready)
     except PortTakenError as error:
-        return refuse(str(error))
+        return refuse(str(error), "courier")
     try:
         asyncio.run(_until_signal(courier))
     finally:
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.writelines(f"{secret}\n" for secret in secrets_of(checked_secrets(settings), tenant))
             return 0
     except ValidationError as error:
-        return refuse(describe_bad_settings(error))
+        return refuse(describe_bad_settings(error), "courier")
     except SecretError as error:
-        return refuse(str(error))
+        return refuse(str(error), "courier")
     return run_courier(settings)

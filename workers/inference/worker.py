@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -80,7 +81,7 @@ def run_worker(settings: WorkerSettings, load: Load = load_pipeline, *, burst: b
     metrics, tracing = WorkerMetrics.fresh(), open_tracing("worker")
     try:
         station = open_station(settings)
-        WorkerProcess(station, {"model": settings.base_model}, settings, metrics.registry).run(
+        WorkerProcess(station, {"model": Path(settings.base_model).name}, settings, metrics.registry).run(
             lambda name: _runner(settings, station, name, load, metrics, tracing), burst=burst
         )
     except ConfigurationError as error:

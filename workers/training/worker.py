@@ -277,7 +277,7 @@ def run_worker(settings: TrainingSettings, *, burst: bool = False) -> int:
             lambda name: _runner(settings, station, name, metrics, tracing), burst=burst
         )
     except ConfigurationError as error:
-        return refuse(str(error))
+        return refuse(str(error), "training-worker")
     finally:
         tracing.flush()
     return 0
@@ -322,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = TrainingSettings()
     except ValidationError as error:
-        return refuse(describe_bad_settings(error))
+        return refuse(describe_bad_settings(error), "training-worker")
     return run_worker(settings, burst=burst)
 
 

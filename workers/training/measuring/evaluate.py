@@ -162,4 +162,4 @@ def _request(pipeline: Pipeline, one: Scene, steps: int | None) -> ImageRequest:
 
 
 if __name__ == "__main__":
-    app(prog_name="dreamserve evaluate")
+    app(prog_name="python -m workers.training.measuring.evaluate")
