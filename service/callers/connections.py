@@ -29,8 +29,8 @@ _LEAST_READ: Final = 64 * 1024
 _END = re.compile(rb"\n\r?\n")
 _ODD = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")
 """Bare line ends (RFC 9112 §2.2) and folded fields (§5.2)."""
-_LINE = re.compile(rb"(?:\r\n)?[!-~]+ [!-~]+ HTTP/1\.[01]\r\n")
-"""A method, a target and a version with one space between each (RFC 9112 §3)."""
+_LINE = re.compile(rb"(?:\r\n)?(?!CONNECT )[!-~]+ [!-~]+ HTTP/1\.[01]\r\n")
+"""A method, a target and a version with one space between each (RFC 9112 §3); nobody gets a tunnel."""
 _UPGRADE = re.compile(rb"\nupgrade:[\t -~\x80-\xff]*\r(?=\n)", re.IGNORECASE)
 _LENGTH = re.compile(rb"\ncontent-length[ \t]*:", re.IGNORECASE)
 _ENCODING = re.compile(rb"\ntransfer-encoding[ \t]*:", re.IGNORECASE)
@@ -78,6 +78,8 @@ class Connection(HttpToolsProtocol):
     _left: int | None = 0
     """Bytes of the body to come; None: it is chunked."""
     _early = b""
+    _parting = False
+    """Whether everything is said, and what still comes is only taken so that the last answer is not lost."""
     _clock: asyncio.TimerHandle | None = None
     _reader_clock: asyncio.TimerHandle | None = None
 
@@ -91,11 +93,16 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._over:
             return
-        self._stop_reader_clock()
+        if not self.transport.get_write_buffer_size():  # who has not taken his answer has no more time by asking again
+            self._stop_reader_clock()
         self._unset_keepalive_if_required()
         self._take(data)
+
+    @property
+    def _over(self) -> bool:
+        return self._parting or self.transport.is_closing()
 
     def _take(self, data: bytes) -> None:
         if self._stage is _Stage.ANSWERING:
@@ -119,7 +126,7 @@ class Connection(HttpToolsProtocol):
             self._head = b""
             self._stage = _Stage.PARSING
             self._parse(head)
-            if rest and not self.transport.is_closing():
+            if rest and not self._over:
                 self._take(rest)
         elif not known:
             self._wind(self.deadlines.head)
@@ -131,7 +138,7 @@ class Connection(HttpToolsProtocol):
         own, rest = data[: self._left], data[self._left :]
         self._left -= len(own)
         self._parse(own)
-        if rest:
+        if rest and not self._over:
             self._take(rest)
 
     def _take_early(self, data: bytes) -> None:
@@ -153,11 +160,11 @@ class Connection(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if self._stage is _Stage.ANSWERING:
                 self._end_after_answer()
             elif self._stage is _Stage.GATHERING:
-                self.transport.close()  # with the end of a chunked body that was answered without it
+                self.part()  # with the end of a chunked body that was answered without it
             else:
                 self._refuse("malformed_request")
 
@@ -175,9 +182,12 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._left = _body_length(self.parser.get_http_version(), self.headers)
         super().on_headers_complete()
+        self.cycle.transport = _Parting(self)  # pyright: ignore[reportAttributeAccessIssue] - all of it that a cycle uses
         self._stage = _Stage.BODY
         if self._left != 0:
             self._wind(self.deadlines.body)
+            # Answered unread, nobody knows whether its body will come (RFC 9110 §10.1.1).
+            self.cycle.keep_alive &= not self.expect_100_continue
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -189,9 +199,13 @@ class Connection(HttpToolsProtocol):
             self._stage = _Stage.ANSWERING
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()  # it winds uvicorn's own clock for the next request
         if self.transport.get_write_buffer_size():
             self._start_reader_clock()
+        if self._parting:
+            self.server_state.total_requests += 1
+            self.flow.resume_reading()
+            return
+        super().on_response_complete()  # it winds uvicorn's own clock for the next request
         if self._stage is _Stage.BODY:
             self._wind(self.deadlines.linger)
             return
@@ -214,21 +228,35 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             self._clock = self.loop.call_later(seconds, self._too_slow)
 
+    def part(self) -> None:
+        """Hang up once what was written is taken; with bytes unread, a socket that is closed takes the answer along."""
+        if self._over:
+            return
+        if self._stage is _Stage.ANSWERING:
+            self.transport.close()
+            return
+        self._parting = True
+        self.transport.write_eof()
+        self._wind(self.deadlines.linger)
+
     def _too_slow(self) -> None:
         self._clock = None
-        self._refuse("request_timeout")
+        if self._parting or (self._stage is _Stage.BODY and self.cycle.response_complete):
+            self.transport.close()
+        else:
+            self._refuse("request_timeout")
 
     def _refuse(self, code: str) -> None:
         """Say why, if no answer has begun, and hang up."""
         reading = self._stage in (_Stage.GATHERING, _Stage.PARSING)
-        if (reading or not self.cycle.response_started) and not self.transport.is_closing():
+        if (reading or not self.cycle.response_started) and not self._over:
             self.rejected(code)
             self.transport.write(_answer(code))
         if not reading:
             self.cycle.disconnected = True  # what the application still says is not for this answer
             self.cycle.message_event.set()
         self._start_reader_clock()
-        self.transport.close()
+        self.part()
 
     def _start_reader_clock(self) -> None:
         if self._reader_clock is None:
@@ -252,6 +280,18 @@ class Connection(HttpToolsProtocol):
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
+
+
+class _Parting:
+    """A cycle's transport: at its end the connection parts."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+
+    def close(self) -> None:
+        self._connection.part()
 
 
 def connections(deadlines: Deadlines, rejected: Callable[[str], None]) -> type[Connection]:

@@ -129,8 +129,9 @@ def test_a_body_that_does_not_end_is_hung_up_on(hasty: Gate) -> None:
         assert status(received) == (408 if head is POST else 200)
 
 
-def test_who_does_not_read_is_hung_up_on(hasty: Gate) -> None:
-    """An answer that nobody takes does not stay in memory."""
+@pytest.mark.parametrize("more", [b"", b"\r", b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_who_does_not_read_is_hung_up_on(hasty: Gate, more: bytes) -> None:
+    """An answer that nobody takes does not stay in memory, whatever its caller still says."""
     peer = socket.socket()
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     peer.connect(hasty.address)
@@ -138,6 +139,7 @@ def test_who_does_not_read_is_hung_up_on(hasty: Gate) -> None:
         peer.settimeout(30)
         peer.sendall(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
         select.select([peer], [], [])
+        peer.sendall(more)
         wait_for(lambda: not hasty.server.server_state.connections, "the end of the connection")
         assert len(rest(peer)) < LONG
 
@@ -189,6 +191,8 @@ def test_long_heads_are_a_431(patient: Gate, head: bytes) -> None:
         POST + b"Content-Length: +2\r\n\r\n{}",
         POST + b"Transfer-Encoding: gzip\r\n\r\n{}",
         POST + b"Transfer-Encoding: chunked\r\n\r\nxx\r\n{}",
+        b"CONNECT / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT http://x/ HTTP/1.1\r\nHost: x\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     ],
 )
@@ -228,6 +232,28 @@ def test_a_huge_body_gets_its_answer_while_it_is_sent(patient: Gate) -> None:
             while not re.search(rb"\r\n\r\n{.*}$", answer, re.DOTALL):
                 answer += peer.recv(65536)
         assert (status(answer), problem(answer)["code"]) == (413, "payload_too_large")
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.1\r\nHost: x\r\nConnection: close", b"HTTP/1.0"])
+def test_an_answer_before_the_body_arrives_though_the_connection_ends(patient: Gate, version: bytes) -> None:
+    """A socket closed over unread bytes is reset, and the answer with it; urllib and proxies ask like this."""
+    with connect(patient) as peer:
+        peer.sendall(b"POST /nowhere " + version + b"\r\nContent-Length: 8000000\r\n\r\n")
+        for _ in range(8):
+            peer.sendall(b" " * 1_000_000)
+        assert status(rest(peer)) == 404
+
+
+def test_who_goes_on_sending_after_the_end_is_hung_up_on(hasty: Gate) -> None:
+    """The last answer is waited for, but not for ever."""
+    with connect(hasty) as peer:
+        peer.sendall(b"POST /nowhere HTTP/1.0\r\nContent-Length: 100000000\r\n\r\n")
+        begun = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - begun < 20:
+                peer.sendall(b" ")
+                select.select([], [], [], 0.02)
+            pytest.fail("still connected")
 
 
 def test_slow_sockets_do_not_delay_others(patient: Gate) -> None:

@@ -25,10 +25,22 @@ _WHOLE: Final = (
     + b"Transfer-Encoding: chunked\r\n\r\n2;a=b\r\n{}\r\n3\r\nabc\r\n0\r\nTrailer: x\r\n\r\n",
     b"PUT /a" + _HOST + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\nab",
     b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    b"POST /v1/references" + _HOST + b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\na",
 )
 _PIECES: Final = (
     *(bytes([code]) for code in b"\r\n \t:;,%?#/\\0a+-\0\x0b\x7f\x80\xff"),
-    *(b"\r\n", b"\r\n\r\n", b"\r\n ", b" HTTP/1.1", b"chunked", b"HTTP/2.0", b"0\r\n\r\n", b"0x", b"http://y"),
+    *(
+        b"\r\n",
+        b"\r\n\r\n",
+        b"\r\n ",
+        b" HTTP/1.1",
+        b"chunked",
+        b"HTTP/2.0",
+        b"0\r\n\r\n",
+        b"0x",
+        b"http://y",
+        b"CONNECT ",
+    ),
     *(b"Host: y\r\n", b"Content-Length: 2\r\n", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n"),
     *(b"Transfer-Encoding: gzip\r\n", b"Upgrade: websocket\r\n", b"Connection: close\r\n", b"Expect: 100-continue\r\n"),
 )
@@ -50,11 +62,14 @@ class Wire(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.written = b""
-        self.closed = False
+        self.closed = self.ended = False
 
     def write(self, data: Any) -> None:
-        assert not self.closed, "nothing is said after the end"
+        assert not self.closed and not self.ended, "nothing is said after the end"
         self.written += data
+
+    def write_eof(self) -> None:
+        self.ended = True
 
     def close(self) -> None:
         self.closed = True
@@ -192,6 +207,14 @@ def test_who_has_the_whole_answer_may_ask_again() -> None:
     """The last byte is there, that it was the last the application says later; a caller counts and does not wait."""
     asked = b"GET /late" + _HOST + b"\r\n"
     assert _statuses(asyncio.run(_converse([asked, asked]))[0]) == [200, 200]
+
+
+def test_a_body_that_was_not_asked_for_is_not_guessed_at() -> None:
+    """Who waits for 100 and gets a 401 may never send the body; what he sends next must not be taken for it."""
+    asked = b"POST /unread" + _HOST + b"Expect: 100-continue\r\nContent-Length: 20\r\n\r\n"
+    answer, heard = asyncio.run(_converse([asked, b"GET /v1/a" + _HOST + b"X: GET /smuggled" + _HOST + b"\r\n"]))
+    assert _statuses(answer) == [401] and len(heard) == 1
+    assert b"connection: close" in answer
 
 
 def test_who_has_no_answer_yet_may_not() -> None:
