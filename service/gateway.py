@@ -118,7 +118,7 @@ def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
 
 
 def _admission(settings: GatewaySettings, spec: ModelSpec, client: redis.Redis, ledger: CustomizeLedger) -> Admission:
-    store = ArtifactStore(settings.artifact_root)
+    store = ArtifactStore(settings.artifact_root, settings.store_reserve_mib << 20)
     rules = Rules.of(settings)
     return Admission(
         spec,

@@ -187,7 +187,7 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         "storage_unavailable": ProblemType(
             503,
             "Storage unavailable",
-            "The artifact store cannot be written: try again later.",
+            "The artifact store cannot be written, or is nearly full: try again later.",
             retryable=True,
         ),
     }

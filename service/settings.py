@@ -28,7 +28,6 @@ class GatewaySettings(QueueSettings):
             wait for a job, and event streams that a tenant may have in hand here at a time; `default` has no limit.
         step_token_s, step_square_s: seconds of a denoise step per token and per token²; see `limits`.
         redis_timeout_s: for each answer of Redis; then 503.
-        store_reserve_mib: free space below which /readyz calls the artifact store full.
         drain_s: after SIGTERM, how long it goes on answering while /readyz says no: as long as whoever sends requests
             here takes to notice.
         metrics_tenants: whether metrics name tenants.
@@ -50,6 +49,5 @@ class GatewaySettings(QueueSettings):
     step_token_s: float = Field(default=StepCost.token, ge=0)
     step_square_s: float = Field(default=StepCost.square, ge=0)
     redis_timeout_s: float = Field(default=2.0, gt=0)
-    store_reserve_mib: int = Field(default=256, ge=0)
     drain_s: float = Field(default=0.0, ge=0)
     metrics_tenants: bool = False

@@ -9,9 +9,11 @@ deletes, or learns by the time that storing takes, what another has stored.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Generator
@@ -41,10 +43,15 @@ class ArtifactError(Exception):
 
 
 class ArtifactStore:
-    """Artifacts in a directory, which is made when it is first written to."""
+    """Artifacts in a directory, which is made when it is first written to.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        reserve_bytes: free space below which no tenant's bytes are taken, so that finished pictures still have room.
+    """
+
+    def __init__(self, root: Path, reserve_bytes: int = 0) -> None:
         self.root = root
+        self._reserve_bytes = reserve_bytes
         self._references = root / "references"
         self._pictures = root / "pictures"
 
@@ -52,7 +59,7 @@ class ArtifactStore:
         """Store a tenant's bytes under their sha256 (hex), which is returned; stored ones only become younger.
 
         Raises:
-            ArtifactError: `storage_unavailable`.
+            ArtifactError: `storage_unavailable`; with less than the reserve free, too.
         """
         key = hashlib.sha256(data).hexdigest()
         path = self._reference(tenant, key)
@@ -60,6 +67,9 @@ class ArtifactStore:
             if path.is_file() and path.read_bytes() == data:
                 os.utime(path)
             else:
+                home = self._home(tenant)
+                home.mkdir(parents=True, exist_ok=True)
+                _require_room(home, self._reserve_bytes)
                 _write(path, data)
         except OSError as error:
             raise _unavailable(error) from error
@@ -70,17 +80,18 @@ class ArtifactStore:
         """Bytes that come in pieces; what is not kept by the end is gone. The calls on it block.
 
         Raises:
-            ArtifactError: `storage_unavailable`.
+            ArtifactError: `storage_unavailable`; with less than the reserve free, too.
         """
         home = self._home(tenant)
         try:
             home.mkdir(parents=True, exist_ok=True)
+            _require_room(home, self._reserve_bytes)
             handle, temporary = tempfile.mkstemp(dir=home, suffix=_TEMPORARY)
         except OSError as error:
             raise _unavailable(error) from error
         with os.fdopen(handle, "wb", buffering=0) as file:  # a buffer would be written again by closing
             try:
-                yield Incoming(file, Path(temporary), home)
+                yield Incoming(file, Path(temporary), home, self._reserve_bytes)
             finally:
                 Path(temporary).unlink(missing_ok=True)
 
@@ -208,10 +219,11 @@ class ArtifactStore:
 class Incoming:
     """A reference on its way in. Nothing of it has a name until `keep`."""
 
-    def __init__(self, file: FileIO, path: Path, home: Path) -> None:
+    def __init__(self, file: FileIO, path: Path, home: Path, reserve_bytes: int) -> None:
         self._file = file
         self._path = path
         self._home = home
+        self._reserve_bytes = reserve_bytes
         self._digest = hashlib.sha256()
         self.size = 0
 
@@ -219,10 +231,11 @@ class Incoming:
         """Append.
 
         Raises:
-            ArtifactError: `storage_unavailable`.
+            ArtifactError: `storage_unavailable`; with less than the reserve free, too: others write at the same time.
         """
         rest = memoryview(data)
         try:
+            _require_room(self._file.fileno(), self._reserve_bytes)
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
@@ -252,6 +265,12 @@ class Incoming:
         except OSError as error:
             raise _unavailable(error) from error
         return key
+
+
+def _require_room(place: Path | int, reserve_bytes: int) -> None:
+    """OSError if the file system that a path or an open file lies on has less free than the reserve."""
+    if shutil.disk_usage(place).free < reserve_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -49,6 +49,8 @@ class QueueSettings(BaseSettings):
         egress_ports: that a caller's URLs may name, separated by commas.
         egress_networks: addresses beside the public ones that they may lead to, such as `10.1.0.0/16`.
         webhook_secrets: `whsec_…`, newest first; each signs, so that one can be replaced without a gap.
+        store_reserve_mib: free space that is kept for finished pictures: with less, gateway and courier take no
+            references, and /readyz calls the artifact store full.
         metrics_port: where this process answers /metrics, /livez and /readyz; None: nowhere. `dreamserve serve` gives
             its gateway this one and its other processes the next ones.
         metrics_host: the address that port is on; nothing asks for keys there.
@@ -71,6 +73,7 @@ class QueueSettings(BaseSettings):
     egress_ports: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], *_Listed] = (443,)
     egress_networks: Annotated[tuple[IPvAnyNetwork, ...], *_Listed] = ()
     webhook_secrets: Annotated[tuple[SecretStr, ...], *_Listed] = ()
+    store_reserve_mib: int = Field(default=256, ge=0)
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     metrics_host: str = "127.0.0.1"
 

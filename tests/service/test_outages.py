@@ -14,7 +14,7 @@ from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
 from service.app import create_app
-from tests.service.conftest import Bench, reference, settings
+from tests.service.conftest import Bench, picture, reference, settings
 from workers.redis_process import RedisProcess, start_redis
 
 BODY = {"prompt": "a toy"}
@@ -94,6 +94,35 @@ def test_unwritable_store_is_a_503(redis_server: RedisProcess, model_dir: Path, 
         assert len(app.state.gateway.ledger.list(None, None, 100)[0]) == jobs
         blocked.unlink()
         assert client.post("/v1/customize", json={**BODY, "references": [reference()]}).status_code == 202
+
+
+@pytest.mark.parametrize("reserve_mib", [2**42, pytest.param(0, id="control")])
+def test_a_nearly_full_store_is_a_503(
+    redis_server: RedisProcess, model_dir: Path, tmp_path: Path, reserve_mib: int
+) -> None:
+    """With less than the reserve free no upload and no job with pictures is taken, and neither leaves a file, a record
+    or a job behind; a worker's picture still finds room. Control: without a reserve both are taken.
+    """
+    app = create_app(settings(redis_server.url, tmp_path, model_dir, store_reserve_mib=reserve_mib))
+    gateway = app.state.gateway
+    with TestClient(app) as client:
+        gateway.redis.flushdb()
+        answers = [
+            client.post("/v1/references", content=picture(), headers={"Content-Type": "image/png"}),
+            client.post("/v1/customize", json={**BODY, "references": [reference()]}),
+        ]
+        jobs = len(gateway.ledger.list(None, None, 100)[0])
+        files = [path for path in gateway.store.root.rglob("*") if path.is_file()]
+        references = gateway.redis.keys("dreamserve:reference:*")
+        gateway.store.publish("job_1.1.0.png", b"picture")
+        gateway.redis.flushdb()
+    if reserve_mib:
+        assert [(answer.status_code, answer.json()["code"]) for answer in answers] == [(503, "storage_unavailable")] * 2
+        assert all("try again later" in answer.json()["detail"] for answer in answers)
+        assert (jobs, files, references) == (0, [], [])
+    else:
+        assert [answer.status_code for answer in answers] == [201, 202]
+        assert (jobs, len(files), len(references)) == (1, 1, 1)
 
 
 def test_fault_of_ours_says_nothing(bench: Bench) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from io import FileIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.artifacts import ArtifactError, ArtifactStore
+from workers.artifacts import ArtifactError, ArtifactStore, Incoming
 
 NAME = "job_1.3.0.png"
 TENANT = "default"
@@ -197,6 +198,36 @@ def test_full_disk_leaves_nothing_behind(store: ArtifactStore, monkeypatch: pyte
         incoming.keep()
     assert code_of(error) == "storage_unavailable"
     assert files(store) == before
+
+
+@pytest.mark.parametrize("reserve", [2**62, pytest.param(0, id="control")])
+def test_the_reserve_is_for_finished_pictures(store: ArtifactStore, tmp_path: Path, reserve: int) -> None:
+    """With less than the reserve free, which a piece of an upload finds out too, nothing of a tenant is taken, and
+    nothing is left of it; what it had stored is renewed and read, and a picture is published. Control: no reserve.
+    """
+    kept = store.put(TENANT, b"before")
+    store = ArtifactStore(store.root, reserve)
+
+    def receive() -> None:
+        with store.receive(TENANT) as incoming:
+            incoming.keep()
+
+    def go_on() -> None:
+        with FileIO(tmp_path / "part", "wb") as file:
+            Incoming(file, tmp_path / "part", tmp_path, reserve).write(b"piece")
+
+    for write in (lambda: store.put(TENANT, b"new"), receive, go_on):
+        if reserve:
+            with pytest.raises(ArtifactError) as error:
+                write()
+            assert code_of(error) == "storage_unavailable"
+        else:
+            write()
+    assert len(files(store)) == (1 if reserve else 3)
+    assert (tmp_path / "part").read_bytes() == (b"" if reserve else b"piece")
+    assert store.read(TENANT, store.put(TENANT, b"before")) == b"before"
+    assert store.require(TENANT, kept) is None
+    assert store.read_picture(NAME, store.publish(NAME, b"picture")) == b"picture"
 
 
 def test_sweep(store: ArtifactStore) -> None:

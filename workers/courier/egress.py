@@ -15,19 +15,22 @@ import socket
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final, cast
 from urllib.parse import urljoin
+from weakref import WeakValueDictionary
 
 import httpcore2
 
 from workers.courier.addresses import Address, Destination, Rules, UrlForbiddenError, check_url
 
-Resolve = Callable[[str], Awaitable[Sequence[Address]]]
-"""The addresses of a name; OSError if it has none."""
+Resolve = Callable[[str, str], Awaitable[Sequence[Address]]]
+"""For a tenant, the addresses of a name; OSError if it has none."""
+LookUp = Callable[[str], Sequence[Address]]
+"""The same for anybody; blocks."""
 Dial = Callable[[Address, int], Awaitable[httpcore2.AsyncNetworkStream]]
 """A connection to an address and port; `httpcore2.NetworkError` if there is none."""
 Pause = Callable[[float], Awaitable[None]]
@@ -90,19 +93,48 @@ class Reply:
     retry_after_s: float = 0.0
 
 
+def look_up(host: str) -> Sequence[Address]:
+    """Every address, once, in the system's order. Blocks, for longer than anybody waits if a name server is silent.
+
+    Raises:
+        OSError: there is none. UnicodeError: no name can be so.
+    """
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(ip_address(str(entry[4][0])) for entry in found))
+
+
 class SystemResolver:
-    """The system's resolver, in threads of its own; many, for a name server that never answers holds one for long."""
+    """The system's resolver, in threads of its own; many, for a name server that never answers holds one for long.
 
-    def __init__(self, threads: int = 256) -> None:
+    No look-up can be broken off. So that the silent name servers of one tenant do not take all threads, a tenant has at
+    most its part of them: a thread is its own until the look-up has returned, whether or not somebody still waits, and
+    its next look-ups wait for that.
+    """
+
+    def __init__(self, threads: int = 256, part: int = 64, look_up: LookUp = look_up) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="resolver")
+        self._look_up = look_up
+        self._part = part
+        self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        """By tenant, for as long as it waits or looks up."""
 
-    async def __call__(self, host: str) -> Sequence[Address]:
-        """Every address, once, in the system's order; OSError if there is none."""
+    async def __call__(self, tenant: str, host: str) -> Sequence[Address]:
+        """What `look_up` finds."""
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(
-            self._threads, lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        )
-        return list(dict.fromkeys(ip_address(str(entry[4][0])) for entry in found))
+        places = self._places.setdefault(tenant, asyncio.Semaphore(self._part))
+        await places.acquire()
+        try:
+            running = self._threads.submit(self._look_up, host)
+        except RuntimeError:  # closed, or the system has no thread left
+            places.release()
+            raise OSError("no thread") from None
+
+        def give_back(_: object) -> None:
+            with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+                loop.call_soon_threadsafe(places.release)
+
+        running.add_done_callback(give_back)
+        return await asyncio.wrap_future(running)
 
     def close(self) -> None:
         """Let look-ups that nobody waits for end by themselves."""
@@ -140,10 +172,13 @@ class Egress:
         self._dial = dial
         self._pause = pause
 
-    async def get(self, url: str, accept: str, caps: Caps, write: Write, budget: Budget | None = None) -> None:
+    async def get(
+        self, tenant: str, url: str, accept: str, caps: Caps, write: Write, budget: Budget | None = None
+    ) -> None:
         """Read the body behind a URL, whose answer must be a 200 without content encoding.
 
         Args:
+            tenant: who named it; the look-ups are his.
             write: called with each piece, not from another thread: no write outlives its call.
             budget: shared with other calls; what is read is taken from it.
 
@@ -153,28 +188,28 @@ class Egress:
         headers = {"Accept": accept, "Accept-Encoding": "identity"}
         async with _within(caps.total_s):
             for _ in range(caps.redirects + 1):
-                async with self._exchange("GET", url, headers, b"", caps.open_s) as answer:
+                async with self._exchange(tenant, "GET", url, headers, b"", caps.open_s) as answer:
                     if answer.status not in _REDIRECTS:
                         await _read(answer, write, caps.max_bytes, budget or Budget(caps.max_bytes))
                         return
                     url = _next(url, answer)
         raise EgressError("too many redirects")
 
-    async def post(self, url: str, headers: dict[str, str], body: bytes, caps: Caps) -> Reply:
+    async def post(self, tenant: str, url: str, headers: dict[str, str], body: bytes, caps: Caps) -> Reply:
         """Send a message; the answer's status counts, its body is not read, a redirect not followed.
 
         Raises:
             EgressError: no answer.
         """
-        async with _within(caps.total_s), self._exchange("POST", url, headers, body, caps.open_s) as answer:
+        async with _within(caps.total_s), self._exchange(tenant, "POST", url, headers, body, caps.open_s) as answer:
             wish = _header(answer, b"retry-after")
             return Reply(answer.status, float(wish) if wish.isdecimal() and len(wish) < 9 else 0.0)
 
     @asynccontextmanager
     async def _exchange(
-        self, method: str, url: str, headers: dict[str, str], body: bytes, open_s: float
+        self, tenant: str, method: str, url: str, headers: dict[str, str], body: bytes, open_s: float
     ) -> AsyncGenerator[httpcore2.Response]:
-        place, stream = await self._open(url, open_s)
+        place, stream = await self._open(tenant, url, open_s)
         host = f"[{place.host}]" if ":" in place.host else place.host
         there = httpcore2.URL(scheme="https", host=place.host, port=place.port, target=place.target)
         named = {"Host": host if place.port == 443 else f"{host}:{place.port}", "User-Agent": USER_AGENT}
@@ -188,13 +223,13 @@ class Egress:
         finally:
             await stream.aclose()
 
-    async def _open(self, url: str, open_s: float) -> tuple[Destination, httpcore2.AsyncNetworkStream]:
+    async def _open(self, tenant: str, url: str, open_s: float) -> tuple[Destination, httpcore2.AsyncNetworkStream]:
         loop = asyncio.get_running_loop()
         until = loop.time() + open_s
         try:
             place = check_url(url, self._rules)
             async with asyncio.timeout_at(until):
-                stream = await self._connect(place, open_s)
+                stream = await self._connect(tenant, place, open_s)
                 try:
                     return place, await stream.start_tls(self._tls, place.host)
                 except BaseException:
@@ -205,9 +240,9 @@ class Egress:
         await self._pause(until - loop.time())  # however it failed, it took this long
         raise EgressError(reason)
 
-    async def _connect(self, place: Destination, open_s: float) -> httpcore2.AsyncNetworkStream:
+    async def _connect(self, tenant: str, place: Destination, open_s: float) -> httpcore2.AsyncNetworkStream:
         """A connection to one of the addresses, after all of them have been checked."""
-        found = [place.address] if place.address else await self._resolve(place.host)
+        found = [place.address] if place.address else await self._resolve(tenant, place.host)
         if not all(map(self._rules.allow, found)):
             raise EgressError("forbidden address")
         tried = found[:_ADDRESSES_TRIED]

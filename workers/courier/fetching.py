@@ -78,7 +78,7 @@ class ReferenceFetcher:
         began = time.monotonic()
         try:
             with self.store.receive(job.tenant) as incoming:
-                await self.egress.get(url, _ACCEPT, self.caps, incoming.write, budget)
+                await self.egress.get(job.tenant, url, _ACCEPT, self.caps, incoming.write, budget)
                 key = await asyncio.to_thread(self._keep, incoming)
         except EgressError as error:
             log.warning("reference not fetched", reason=error.reason)

@@ -53,7 +53,8 @@ class WebhookSender:
             SecretError: the tenant has no secret, or what is configured is none.
         """
         signed = sign(self.secrets_of(delivery.tenant), delivery.id, int(time.time()), body)
-        return await self.egress.post(delivery.url, {"Content-Type": "application/json", **signed}, body, self.caps)
+        headers = {"Content-Type": "application/json", **signed}
+        return await self.egress.post(delivery.tenant, delivery.url, headers, body, self.caps)
 
 
 def settle(attempt: int, reply: Reply | None, draw: float) -> Settlement:

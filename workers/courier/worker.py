@@ -145,7 +145,8 @@ class Courier:
     ) -> None:
         jobs = open_ledger(client, CUSTOMIZE, settings)
         trainings = open_ledger(client, TRAINING, settings)
-        fetches = Fetches(jobs, ReferenceFetcher(egress, ArtifactStore(settings.artifact_root)), metrics, tracing)
+        store = ArtifactStore(settings.artifact_root, settings.store_reserve_mib << 20)
+        fetches = Fetches(jobs, ReferenceFetcher(egress, store), metrics, tracing)
         sender = WebhookSender(egress, secrets)
         places = settings.webhooks_in_hand
         self._client = client

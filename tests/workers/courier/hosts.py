@@ -165,7 +165,7 @@ class World:
         """Let a host resolve to these addresses, one list after the other."""
         self.names[host] = [tuple(answer) for answer in answers]
 
-    async def resolve(self, host: str) -> Sequence[Address]:
+    async def resolve(self, _tenant: str, host: str) -> Sequence[Address]:
         self.asked.append(host)
         answers = self.names.get(host) or ([(PUBLIC_ADDRESS,)] if host.endswith(PUBLIC_HOST) else [])
         if not answers:
@@ -208,7 +208,7 @@ _NUMBERS = itertools.count()
 def get(egress: Egress, url: str, *, budget: Budget | None = None, **caps: float) -> bytes:
     """The body, by patient caps but for those given."""
     body = bytearray()
-    asyncio.run(egress.get(url, "image/png", replace(PATIENT, **caps), body.extend, budget))
+    asyncio.run(egress.get("a", url, "image/png", replace(PATIENT, **caps), body.extend, budget))
     return bytes(body)
 
 

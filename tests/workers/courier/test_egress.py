@@ -240,7 +240,7 @@ def test_without_the_pause_a_block_is_told_at_once() -> None:
 def test_a_stuck_resolver_ends_in_time() -> None:
     """A look-up that does not come back counts as none."""
 
-    async def never(_host: str) -> list[object]:
+    async def never(_tenant: str, _host: str) -> list[object]:
         await asyncio.Event().wait()
         return []
 
@@ -286,7 +286,7 @@ def test_a_message_is_answered_by_its_status(answer: bytes, reply: Reply) -> Non
     with Host(always(answer)) as public:
         egress = World(public.port, 1).egress()
         headers = {"content-type": "application/json", "webhook-id": "msg_1"}
-        assert asyncio.run(egress.post(f"https://{PUBLIC_HOST}/hook", headers, b'{"a":1}', PATIENT)) == reply
+        assert asyncio.run(egress.post("a", f"https://{PUBLIC_HOST}/hook", headers, b'{"a":1}', PATIENT)) == reply
         (seen,) = public.seen
         assert (seen.method, seen.target, seen.body) == ("POST", "/hook", b'{"a":1}')
         assert seen.headers["webhook-id"] == "msg_1"
@@ -312,11 +312,11 @@ def test_connections_are_closed() -> None:
         world.name("other.example", (PUBLIC_ADDRESS,))
         egress = Egress(NEAR, trust(AUTHORITY), resolve=world.resolve, dial=noting, pause=asyncio.sleep)
         good, caps = f"https://{PUBLIC_HOST}/", replace(PATIENT, open_s=2.0, max_bytes=len(PICTURE))
-        await egress.get(good, "image/png", caps, len)
-        await egress.post(good, {}, b"{}", caps)
+        await egress.get("a", good, "image/png", caps, len)
+        await egress.post("a", good, {}, b"{}", caps)
         for url, most in ((good, 10), ("https://other.example/", 10**6)):
             with pytest.raises(EgressError):
-                await egress.get(url, "image/png", replace(caps, max_bytes=most), len)
+                await egress.get("a", url, "image/png", replace(caps, max_bytes=most), len)
         for _ in range(1000):
             if all(connection.fileno() == -1 for connection in sockets):
                 break

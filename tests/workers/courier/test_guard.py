@@ -77,7 +77,7 @@ def travel(world: World, rules: Rules, way: Way, urls: Sequence[Hostile]) -> lis
 
     async def all_of_them() -> list[BaseException | None]:
         egress = world.egress(rules)
-        calls = [egress.get(url, "image/png", PATIENT, len) for url in starts]
+        calls = [egress.get("a", url, "image/png", PATIENT, len) for url in starts]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     return asyncio.run(all_of_them())

@@ -141,12 +141,26 @@ def test_a_job_from_url_to_webhook(
     assert [canary for canary in CANARIES if canary in running.log] == []
 
 
-def test_an_inside_reference_fails_its_job(
-    server: RedisProcess, ledger: CustomizeLedger, make_job: MakeJob, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"DREAMSERVE_EGRESS_NETWORKS": ""}, "reference_unreachable"),
+        ({"DREAMSERVE_STORE_RESERVE_MIB": str(2**42)}, "storage_unavailable"),
+    ],
+)
+def test_a_reference_that_is_not_to_be_had_fails_its_job(
+    server: RedisProcess,
+    ledger: CustomizeLedger,
+    make_job: MakeJob,
+    tmp_path: Path,
+    change: dict[str, str],
+    code: str,
 ) -> None:
-    """With the settings as they are shipped, loopback is inside: the job fails and nobody was connected to."""
+    """Loopback is inside by the settings as they are shipped, or the disk is kept for finished pictures: the job fails
+    and nobody was connected to. The control is the whole way above.
+    """
     with Host(always(said(200, PNG))) as host:
-        settings = environment(server.url, tmp_path, host.port, DREAMSERVE_EGRESS_NETWORKS="")
+        settings = environment(server.url, tmp_path, host.port, **change)
         with courier(settings):
             reference = ReferenceInput(1, Role.SUBJECT, "", url=f"https://localhost:{host.port}/mug.png")
             ledger.accept(make_job("job_1", references=(reference,)))
@@ -160,7 +174,7 @@ def test_an_inside_reference_fails_its_job(
     record = ledger.get("job_1")
     assert record
     assert record.error
-    assert record.error.code == "reference_unreachable"
+    assert record.error.code == code
 
 
 def test_a_killed_courier_loses_nothing(
