@@ -122,8 +122,10 @@ class Caretaker(threading.Thread):
         for job_id in self.ledger.reap():
             _LOG.warning("lease lapsed, job queued again", job_id=job_id)
             queues.ring_again(self.client, self.kind, job_id)
-        for job_id in self.ledger.expire():
+        expired = self.ledger.expire()
+        for job_id in expired:
             _LOG.info("not begun in time, job expired", job_id=job_id)
+        queues.recall(self.client, self.kind, expired)
         queues.ring_due(self.ledger)
         if holder is not None:
             holder.tidy()

@@ -127,6 +127,17 @@ def test_a_round_that_fails_is_not_the_last(client: redis.Redis, make_job: MakeJ
     assert [line.get("exception") for line in lines] == ["OSError"] and "canary" not in str(lines)
 
 
+def test_an_expired_job_leaves_rq(client: redis.Redis, make_job: MakeJob) -> None:
+    """Its place in the window is free for the next, so its delivery may not stay before other tenants'."""
+    ledger = Ledger(client, CUSTOMIZE)
+    for job_id, within_s in (("job_late", 0.0), ("job_fine", 3600.0)):
+        queues.ring_accepted(ledger, ledger.accept(make_job(job_id), start_within_s=within_s))
+    assert queues.queue(client, CUSTOMIZE).get_job_ids() == ["job_late", "job_fine"]
+    caretaker_of(client, None).round()
+    assert queues.queue(client, CUSTOMIZE).get_job_ids() == ["job_fine"]
+    assert client.keys("rq:job:*") == [b"rq:job:job_fine"]
+
+
 def test_a_claim_hears_what_its_beats_are_answered(client: redis.Redis, make_job: MakeJob) -> None:
     """A job that makes no step for long: its cancel, deadline or loss is heard by the round."""
     ledger = Ledger(client, CUSTOMIZE)
