@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Path, Query, Response, status
+from redis.exceptions import RedisError
 
 from service.callers.limits import WINDOWS_S, drain_rate
 from service.problems import Fault, Problem
 from service.schemas import JobErrorView, QueueView
+from workers import queues
 from workers.books.values import DamagedRecordError, Look
 from workers.jobs import JobRecord, JobStatus, JobT, ProgressT, ResultT
 from workers.ledger import Ledger, Page
@@ -97,6 +100,9 @@ def cancel(
     record = ledger.cancel(record_id)
     if record is None:  # it ended long ago, and was forgotten between the two
         raise Problem("job_gone")
+    if record.status.terminal:
+        with suppress(RedisError):  # the cancel stands, and what is left of it in RQ will be refused
+            queues.recall(ledger.redis, ledger.kind, [record_id])
     if record.status is JobStatus.RUNNING:
         response.status_code = status.HTTP_202_ACCEPTED
     return record

@@ -205,14 +205,15 @@ class ArtifactStore:
         """
         removed = 0
         now = time.time()
-        for path in self.root.rglob("*"):
-            try:
-                age = now - path.stat().st_mtime
-                if path.is_file() and age > (_TEMPORARY_AGE_S if path.suffix == _TEMPORARY else max_age_s):
-                    path.unlink()
-                    removed += 1
-            except OSError:
-                continue  # another sweeper was faster
+        for folder, _, names in os.walk(self.root):  # which passes over directories that vanish before it
+            for path in (Path(folder, name) for name in names):
+                try:
+                    age = now - path.stat().st_mtime
+                    if path.is_file() and age > (_TEMPORARY_AGE_S if path.suffix == _TEMPORARY else max_age_s):
+                        path.unlink()
+                        removed += 1
+                except OSError:
+                    continue  # another sweeper was faster
         return removed
 
 

@@ -20,7 +20,6 @@ from workers.jobs import AnyKind
 from workers.ledger import Ledger
 
 _LOG = structlog.stdlib.get_logger("workers.caretaker")
-_SWEEP_S = 600.0
 _IDLE_S = 1.0
 """Another worker that has been ready for so long is given something to do."""
 
@@ -63,7 +62,8 @@ class Caretaker(threading.Thread):
         card: what to announce, asked anew each time.
         holder: who has the jobs in hand; None as long as nobody can.
         stall_s: a claim without progress for so long is no longer kept alive.
-        sweep: clears what expired jobs have left; called every ten minutes.
+        sweep: clears what expired jobs have left.
+        sweep_s: seconds between two sweeps.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Caretaker(threading.Thread):
         holder: Callable[[], Holder | None],
         stall_s: float,
         sweep: Callable[[], object],
+        sweep_s: float = 600.0,
     ) -> None:
         super().__init__(name="caretaker", daemon=True)
         self.client = client
@@ -87,6 +88,7 @@ class Caretaker(threading.Thread):
         self.holder = holder
         self.stall_s = stall_s
         self.sweep = sweep
+        self.sweep_s = sweep_s
         self._halted = threading.Event()
         self._away = False
         self.heard_at = float("-inf")
@@ -97,7 +99,7 @@ class Caretaker(threading.Thread):
         self._popped: set[str] = set()
 
     def run(self) -> None:
-        """One round after the other; while Redis is away, wait for it."""
+        """One round after the other, whatever becomes of one; while Redis is away, wait for it."""
         while not self._halted.is_set():
             try:
                 self.round()
@@ -107,6 +109,8 @@ class Caretaker(threading.Thread):
                 if not self._away:
                     _LOG.warning("redis is away", exception=type(error).__name__)
                 self._away = True
+            except Exception as error:  # noqa: BLE001 - without this thread leases lapse and lost jobs stay lost
+                _LOG.error("round ended early", exception=type(error).__name__)
             self._halted.wait(self.ledger.lease_s / 20)
 
     def round(self) -> None:
@@ -118,8 +122,10 @@ class Caretaker(threading.Thread):
         for job_id in self.ledger.reap():
             _LOG.warning("lease lapsed, job queued again", job_id=job_id)
             queues.ring_again(self.client, self.kind, job_id)
-        for job_id in self.ledger.expire():
+        expired = self.ledger.expire()
+        for job_id in expired:
             _LOG.info("not begun in time, job expired", job_id=job_id)
+        queues.recall(self.client, self.kind, expired)
         queues.ring_due(self.ledger)
         if holder is not None:
             holder.tidy()
@@ -128,7 +134,7 @@ class Caretaker(threading.Thread):
         if now - self._searched_at >= self.ledger.lease_s:
             self._searched_at = now
             self.search()
-        if now - self._swept_at >= _SWEEP_S:
+        if now - self._swept_at >= self.sweep_s:
             self._swept_at = now
             self.sweep()
 

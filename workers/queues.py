@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import redis
@@ -33,6 +33,16 @@ QUEUES: Final = {kind.function: kind.queue for kind in (CUSTOMIZE, TRAINING)}
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAX_CALL_BYTES = 4096
 _LOG = structlog.stdlib.get_logger("workers.queues")
+
+_RECALL: Final = """
+for index = 2, #ARGV do
+  local id = ARGV[index]
+  if not redis.call('ZSCORE', KEYS[1], id) and redis.call('LREM', KEYS[2], 0, id) > 0 then
+    redis.call('DEL', ARGV[1] .. id)
+  end
+end
+"""
+"""One script, because a job may be called for again between a look at `calling` and the removal."""
 
 
 def connect(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
@@ -103,16 +113,23 @@ def ring(client: redis.Redis, kind: AnyKind, job_id: str, *, at_front: bool = Fa
 def ring_accepted(ledger: Outboxes[Any, Any, Any], accepted: Accepted) -> None:
     """Deliver a job that has just been accepted, if it is its turn."""
     if accepted.called:
-        ring(ledger.redis, ledger.kind, accepted.job_id)
-        ledger.rung([accepted.job_id])
+        _ring_all(ledger, [accepted.job_id])
 
 
 def ring_due(ledger: Outboxes[Any, Any, Any]) -> None:
     """Deliver the jobs that have entered their tenant's window and that nobody rings for; who ends a job calls this."""
-    due = ledger.to_ring()
-    for job_id in due:
-        ring(ledger.redis, ledger.kind, job_id)
-    ledger.rung(due)
+    _ring_all(ledger, ledger.to_ring())
+
+
+def recall(client: redis.Redis, kind: AnyKind, job_ids: Sequence[str]) -> None:
+    """Take back what nobody has popped of the deliveries for these, but for jobs that are called for.
+
+    Who ends a job that may still be in RQ calls this, else its delivery would stand before other tenants' though its
+    place in the window is free. What has been popped stays: the claim will be refused.
+    """
+    if job_ids:
+        keys = f"{kind.root}calling", queue(client, kind).key
+        client.eval(_RECALL, len(keys), *keys, DreamJob.redis_job_namespace_prefix, *job_ids)
 
 
 def ring_again(client: redis.Redis, kind: AnyKind, job_id: str) -> None:
@@ -180,6 +197,13 @@ def workers(client: redis.Redis, kind: AnyKind) -> list[dict[str, Any]]:
     if gone:
         client.srem(kind.cards, *gone)
     return [json.loads(card) for card in cards if card is not None]
+
+
+def _ring_all(ledger: Outboxes[Any, Any, Any], job_ids: list[str]) -> None:
+    for job_id in job_ids:
+        ring(ledger.redis, ledger.kind, job_id)
+    if ledger.rung(job_ids) < len(job_ids):  # some have been claimed or ended meanwhile, or another rang
+        recall(ledger.redis, ledger.kind, job_ids)
 
 
 def _texts(entries: Any) -> list[str]:

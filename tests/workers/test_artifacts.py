@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.churning import churning, plain_walk_fails
 from workers.artifacts import ArtifactError, ArtifactStore, Incoming
 
 NAME = "job_1.3.0.png"
@@ -246,3 +247,14 @@ def test_sweep(store: ArtifactStore) -> None:
     assert store.sweep(4000) == 2
     assert {path.name for path in files(store)} == {young, asked, renewed}
     assert old not in {path.name for path in files(store)}
+
+
+def test_sweep_beside_others_at_work(store: ArtifactStore) -> None:
+    """Directories that vanish before the sweep do not end it, and it goes on to what lies behind them."""
+    store.put(TENANT, b"stays")
+    falls = 0
+    with churning(store.root / "references"):
+        while falls < 20:
+            store.sweep(3600.0)
+            falls += plain_walk_fails(store.root)
+    assert store.sweep(-1.0) == 1, "what was there all the time was spared, and goes when it is old"

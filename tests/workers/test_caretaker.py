@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import redis
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
+from tests.workers.ledgers import running
 from workers import queues
 from workers.caretaker import Caretaker, Claim, IdleWatch, to_hand_over
 from workers.jobs import CUSTOMIZE, JobStatus
@@ -37,7 +40,11 @@ class Hands:
         self.tidied += 1
 
 
-def caretaker_of(client: redis.Redis, hands: Hands | None) -> Caretaker:
+def nothing() -> None:
+    """A sweep that finds nothing."""
+
+
+def caretaker_of(client: redis.Redis, hands: Hands | None, sweep: Callable[[], None] = nothing) -> Caretaker:
     ledger = Ledger(client, CUSTOMIZE, lease_s=30.0)
     return Caretaker(
         client,
@@ -47,7 +54,8 @@ def caretaker_of(client: redis.Redis, hands: Hands | None) -> Caretaker:
         card=lambda: {"state": "ready"},
         holder=lambda: hands,
         stall_s=600.0,
-        sweep=lambda: None,
+        sweep=sweep,
+        sweep_s=0.0,
     )
 
 
@@ -96,6 +104,38 @@ def test_halt_ends_the_thread_and_takes_the_card(client: redis.Redis) -> None:
     caretaker.halt()
     assert not caretaker.is_alive()
     assert queues.workers(client, CUSTOMIZE) == []
+
+
+def test_a_round_that_fails_is_not_the_last(client: redis.Redis, make_job: MakeJob) -> None:
+    """A disk that fails ends a round early; the next ones come and renew leases. No words of the error are logged."""
+    ledger = Ledger(client, CUSTOMIZE, lease_s=1.0)
+    token = running(ledger, make_job)
+    renewed: list[float | None] = []
+
+    def sweep() -> None:
+        renewed.append(client.zscore(f"{CUSTOMIZE.root}leases", "job_1"))  # pyright: ignore[reportArgumentType]  # sync client
+        if len(renewed) == 1:
+            raise OSError(5, "canary")
+
+    caretaker = caretaker_of(client, Hands([Claim("job_1", token, time.monotonic())]), sweep)
+    caretaker.ledger = ledger
+    with capture_logs() as lines:
+        caretaker.start()
+        wait_for(lambda: len(renewed) >= 3, "more rounds")
+        caretaker.halt()
+    assert len(set(renewed)) == len(renewed) and None not in renewed
+    assert [line.get("exception") for line in lines] == ["OSError"] and "canary" not in str(lines)
+
+
+def test_an_expired_job_leaves_rq(client: redis.Redis, make_job: MakeJob) -> None:
+    """Its place in the window is free for the next, so its delivery may not stay before other tenants'."""
+    ledger = Ledger(client, CUSTOMIZE)
+    for job_id, within_s in (("job_late", 0.0), ("job_fine", 3600.0)):
+        queues.ring_accepted(ledger, ledger.accept(make_job(job_id), start_within_s=within_s))
+    assert queues.queue(client, CUSTOMIZE).get_job_ids() == ["job_late", "job_fine"]
+    caretaker_of(client, None).round()
+    assert queues.queue(client, CUSTOMIZE).get_job_ids() == ["job_fine"]
+    assert client.keys("rq:job:*") == [b"rq:job:job_fine"]
 
 
 def test_a_claim_hears_what_its_beats_are_answered(client: redis.Redis, make_job: MakeJob) -> None:

@@ -59,10 +59,10 @@ class Outboxes(Generic[JobT, ProgressT, ResultT]):
         """Ids that have entered their tenant's window: ring for them, then say so by `rung`. See `queues.ring_due`."""
         return [text_of(job) for job in self._call(self._to_ring, limit, RING_LEASE_S)]
 
-    def rung(self, job_ids: list[str]) -> None:
-        """RQ holds deliveries for these."""
-        if job_ids:
-            self.redis.zrem(f"{self.root}to_ring", *job_ids)
+    def rung(self, job_ids: list[str]) -> int:
+        """RQ holds deliveries for these; returns for how many of them that was still wanted."""
+        wanted: Any = self.redis.zrem(f"{self.root}to_ring", *job_ids) if job_ids else 0
+        return wanted
 
     def due_webhooks(
         self, limit: int = 16, part: int = sys.maxsize, held: Mapping[str, int] = NOTHING

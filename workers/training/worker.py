@@ -302,7 +302,11 @@ def sweep_runs(root: Path, max_age_s: float = _ABANDONED_S) -> None:
     """Remove the checkpoints of trainings that nobody has worked on for a month."""
     now = time.time()
     for run in root.glob("*"):
-        if now - max((file.stat().st_mtime for file in run.rglob("*")), default=run.stat().st_mtime) > max_age_s:
+        try:
+            worked_on = max(path.lstat().st_mtime for path in (run, *run.rglob("*")))
+        except OSError:
+            continue  # somebody works on it, or has swept it
+        if now - worked_on > max_age_s:
             shutil.rmtree(run, ignore_errors=True)
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from model.checkpoints import SHIPPED
 from model.fingerprints import fingerprint_of
+from tests.churning import churning, plain_walk_fails
 from tests.waiting import wait_for
 from workers import queues
 from workers.jobs import TRAINING, JobStatus, TrainingJob, TrainingRecord
@@ -239,3 +240,18 @@ def test_forgotten_runs_are_swept(tmp_path: Path) -> None:
         os.utime(path, (long_ago, long_ago))
     sweep_runs(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_the_sweep_beside_a_trainer_at_work(tmp_path: Path) -> None:
+    """Checkpoints that are renamed and removed meanwhile end neither the sweep nor the run; what lies beside goes."""
+    busy, old = tmp_path / "busy", tmp_path / "old"
+    busy.mkdir()
+    falls = 0
+    with churning(busy):
+        while falls < 20:
+            old.mkdir()
+            os.utime(old, (0, 0))
+            sweep_runs(tmp_path)
+            assert not old.exists()
+            falls += plain_walk_fails(tmp_path)
+    assert busy.is_dir()
