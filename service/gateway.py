@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import anyio
 import redis
 from fastapi import Depends, Request
 
@@ -13,7 +12,8 @@ from model.spec import ModelSpec, load_spec
 from service.admission import Admission
 from service.callers.auth import Door
 from service.callers.limits import StepCost
-from service.callers.places import Places
+from service.callers.places import Places, Room
+from service.callers.turns import Turns
 from service.events import Watcher
 from service.metrics import GatewayMetrics
 from service.readiness import Readiness
@@ -37,8 +37,8 @@ from workers.tenants import TenantBook
 class Gateway:
     """Connections, limits and the model's spec.
 
-    `decoding` bounds how many bodies are unfolded at once; `submissions`, `waits` and `streams` what one tenant has in
-    hand.
+    `decoding` bounds how many bodies are unfolded at once, `bodies` what they take until then; `submissions`, `waits`
+    and `streams` what one tenant has in hand.
     """
 
     settings: GatewaySettings
@@ -51,7 +51,8 @@ class Gateway:
     admission: Admission
     trainings: TrainingAdmission
     registry: Registry
-    decoding: anyio.CapacityLimiter
+    decoding: Turns
+    bodies: Room
     submissions: Places
     waits: Places
     streams: Places
@@ -101,7 +102,8 @@ def open_gateway(settings: GatewaySettings, tracing: Tracing) -> Gateway:
         admission=admission,
         trainings=trainings,
         registry=admission.registry,
-        decoding=anyio.CapacityLimiter(settings.admissions),
+        decoding=Turns(settings.admissions),
+        bodies=Room(settings.bodies_mib << 20),
         submissions=Places(settings.tenant_submissions),
         waits=Places(settings.tenant_waits),
         streams=Places(settings.tenant_streams),

@@ -29,18 +29,30 @@ _DETAILS = {
 }
 
 
-async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body, refused as soon as it is known to be too long.
+def body_bytes(request: Request, *, max_bytes: int) -> int:
+    """How long the body is, or at most may be where its head does not say.
 
     Raises:
-        Problem: `unsupported_media_type`, `payload_too_large`, `request_timeout`.
+        Problem: `unsupported_media_type`, `payload_too_large`.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
         raise Problem("unsupported_media_type", headers={"Accept-Post": "application/json"})
     declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdecimal() and int(declared[:20]) > max_bytes:
+    if not (declared.isascii() and declared.isdecimal()):
+        return max_bytes
+    length = int(declared.lstrip("0")[:20] or "0")  # 20 digits are too many already, and thousands make int() raise
+    if length > max_bytes:
         raise _too_large(max_bytes)
+    return length
+
+
+async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body, refused as soon as it is known to be too long.
+
+    Raises:
+        Problem: `payload_too_large`, `request_timeout`.
+    """
     body = bytearray()
     try:
         with anyio.fail_after(timeout_s):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from service.callers.limits import StepCost
 from workers.settings import QueueSettings
@@ -18,6 +18,8 @@ class GatewaySettings(QueueSettings):
         port: 0 lets the system choose.
         max_body_bytes: of one request; nine references of the largest size do not fit, and need not.
         body_timeout_s: time for a body to arrive.
+        bodies_mib: what the bodies of jobs and trainings that are not accepted yet may take together, one of unknown
+            length as much as it may have; a tenant has at most half, `default` all. At least two of the longest.
         admissions: requests whose pictures are decoded at the same time; each may take a few hundred MiB.
         share_s: estimated GPU-seconds that a tenant without a share of its own may have waiting and running; the
             operator's own tenant, `default`, has no such limit.
@@ -39,6 +41,7 @@ class GatewaySettings(QueueSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_body_bytes: int = Field(default=64 * 2**20, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
+    bodies_mib: int = Field(default=512, gt=0)
     admissions: int = Field(default=2, gt=0)
     share_s: float = Field(default=3600.0, gt=0)
     bound_s: float = Field(default=14_400.0, gt=0)
@@ -51,3 +54,11 @@ class GatewaySettings(QueueSettings):
     redis_timeout_s: float = Field(default=2.0, gt=0)
     drain_s: float = Field(default=0.0, ge=0)
     metrics_tenants: bool = False
+
+    @field_validator("bodies_mib")
+    @classmethod
+    def _holds_two(cls, mib: int, info: ValidationInfo) -> int:
+        """In less, a body that is not too long would be refused for ever."""
+        if (mib << 20) < 2 * info.data.get("max_body_bytes", 0):
+            raise ValueError("less than two bodies of DREAMSERVE_MAX_BODY_BYTES")
+        return mib

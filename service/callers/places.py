@@ -14,6 +14,8 @@ from service.problems import Problem
 from workers.tenants import SOLE_TENANT
 
 RETRY_AFTER_S: Final = 1
+_HALF_USED: Final = "Your requests in hand fill your half of the gateway's memory: let some end first."
+_ALL_USED: Final = "The gateway's memory for requests is full: try again after Retry-After."
 
 
 class Places:
@@ -49,5 +51,40 @@ class Places:
             yield
         finally:
             self._taken[tenant] -= 1
+            if not self._taken[tenant]:
+                del self._taken[tenant]
+
+
+class Room:
+    """Memory for the bodies of requests, in this process. Belongs to one event loop.
+
+    Args:
+        size: bytes of all together; a tenant may have half of them, the operator's own, `default`, all.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._taken: Counter[str] = Counter()
+
+    def taken(self) -> int:
+        """Bytes that somebody has."""
+        return self._taken.total()
+
+    @contextmanager
+    def take(self, tenant: str, size: int) -> Generator[None]:
+        """So many bytes, as long as the context lasts.
+
+        Raises:
+            Problem: 429 `too_many_requests`: beyond the tenant's half; 503 `over_capacity`: beyond what there is.
+        """
+        if tenant != SOLE_TENANT and self._taken[tenant] + size > self.size // 2:
+            raise Problem("too_many_requests", _HALF_USED, headers={"Retry-After": str(RETRY_AFTER_S)})
+        if self.taken() + size > self.size:
+            raise Problem("over_capacity", _ALL_USED)
+        self._taken[tenant] += size
+        try:
+            yield
+        finally:
+            self._taken[tenant] -= size
             if not self._taken[tenant]:
                 del self._taken[tenant]

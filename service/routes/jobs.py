@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from service.callers.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
 from service.headers import EACH_ONCE, JobHeaders, JobHeadersDependency
-from service.intake import parse_json, read_body, validate
+from service.intake import body_bytes, parse_json, read_body, validate
 from service.openapi import CUSTOMIZE_BODY, problems
 from service.problems import Problem
 from service.reading import Seen
@@ -53,11 +53,7 @@ async def customize(
     headers: JobHeadersDependency,
 ) -> JobBody:
     """Accept a job. The pictures are checked before the answer; the result is awaited at `Location`."""
-    settings = gateway.settings
-    with gateway.submissions.take(tenant):
-        raw = await read_body(request, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-        admit = partial(_admit, request, gateway, tenant, headers, raw)
-        submitted = await to_thread.run_sync(admit, limiter=gateway.decoding)
+    submitted = await _submit(request, gateway, tenant, headers)
     record = submitted.record
     waited = await awaited(gateway, Seen(record), headers.wait_s, lambda now: now.status.terminal)
     if headers.wait_s and waited:
@@ -68,6 +64,17 @@ async def customize(
     body = await to_thread.run_sync(_body, gateway, record)
     point_to(response, body.urls, None if record.status.terminal else _poll_after_s(body), replayed=submitted.replayed)
     return body
+
+
+async def _submit(
+    request: Request, gateway: Gateway, tenant: str, headers: JobHeaders
+) -> Submitted[CustomizeJob, Progress, JobResult]:
+    """Apart from the route, which may wait for the job: nobody has the body in hand any more when this is over."""
+    settings = gateway.settings
+    most = body_bytes(request, max_bytes=settings.max_body_bytes)
+    with gateway.submissions.take(tenant), gateway.bodies.take(tenant, most):
+        raw = await read_body(request, max_bytes=most, timeout_s=settings.body_timeout_s)
+        return await gateway.decoding.run(tenant, partial(_admit, request, gateway, tenant, headers, raw))
 
 
 def _admit(

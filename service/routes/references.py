@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Path, Request, Response, status
 
 from service.callers.auth import TenantDependency, tenant_of
@@ -51,7 +50,7 @@ async def upload_reference(
                 request, wrapping, incoming, max_bytes=limits.max_bytes, timeout_s=gateway.settings.body_timeout_s
             )
             admitting = partial(_admit, gateway, tenant, incoming, wrapping.declared)
-            reference, new = await to_thread.run_sync(admitting, limiter=gateway.decoding)
+            reference, new = await gateway.decoding.run(tenant, admitting)
     response.status_code = status.HTTP_201_CREATED if new else status.HTTP_200_OK
     response.headers["Location"] = f"/v1/references/{reference.id}"
     return _body(reference)

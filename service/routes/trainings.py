@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from service.callers.auth import TenantDependency, tenant_of
 from service.gateway import Gateway, GatewayDependency
 from service.headers import EACH_ONCE, SubmitHeadersDependency
-from service.intake import parse_json, read_body
+from service.intake import body_bytes, parse_json, read_body
 from service.openapi import TRAINING_BODY, problems
 from service.reading import SeenTraining
 from service.records import PageDependency, RecordId, cancel, found, place_in_queue
@@ -47,8 +47,9 @@ async def submit_training(
     headers: SubmitHeadersDependency,
 ) -> TrainingBody:
     """Accept a training. Its result is a version of an adapter, listed at `/v1/adapters`."""
-    with gateway.submissions.take(tenant):
-        raw = await read_body(request, max_bytes=MAX_BODY_BYTES, timeout_s=gateway.settings.body_timeout_s)
+    most = body_bytes(request, max_bytes=MAX_BODY_BYTES)
+    with gateway.submissions.take(tenant), gateway.bodies.take(tenant, most):
+        raw = await read_body(request, max_bytes=most, timeout_s=gateway.settings.body_timeout_s)
         submitted = await to_thread.run_sync(_admit, request, gateway, tenant, headers.once(tenant, raw), raw)
     body = await to_thread.run_sync(_body, gateway, submitted.record)
     point_to(response, body.urls, POLL_AFTER_S, replayed=submitted.replayed)

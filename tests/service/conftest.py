@@ -22,10 +22,12 @@ from service.settings import GatewaySettings
 from tests.service.awaited import Connect, connecting
 from tests.service.fake_worker import work
 from tests.service.gates import Gate, serve
+from tests.service.houses import House, OpenHouse
 from workers.artifacts import ArtifactStore
 from workers.jobs import CUSTOMIZE, TRAINING, ImageArtifact, JobResult, Progress
 from workers.ledger import CustomizeLedger, Ledger, TrainingLedger
 from workers.redis_process import RedisProcess, start_redis
+from workers.tenants import TenantBook
 
 Open = Callable[..., Gate]
 """Opens a gateway on a socket, with the bench's Redis and store and with changed settings."""
@@ -138,6 +140,21 @@ def open_gate(bench: Bench, redis_server: RedisProcess, model_dir: Path, tmp_pat
         def make(**changes: Any) -> Gate:
             app = create_app(settings(redis_server.url, tmp_path, model_dir, **changes))
             return stack.enter_context(contextmanager(serve)(app))
+
+        yield make
+
+
+@pytest.fixture
+def open_house(redis_server: RedisProcess, model_dir: Path, tmp_path: Path, bench: Bench) -> Iterator[OpenHouse]:
+    with ExitStack() as stack:
+
+        def make(**changes: Any) -> House:
+            book = TenantBook(bench.redis)
+            keys = {tenant: {"Authorization": f"Bearer {book.create_key(tenant)}"} for tenant in "abc"}
+            app = create_app(settings(redis_server.url, tmp_path, model_dir, auth="keys", **changes))
+            house = House(stack.enter_context(contextmanager(serve)(app)), app, keys)
+            stack.enter_context(house.closing)
+            return house
 
         yield make
 

@@ -2,72 +2,21 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack
 
 import httpx2
 import pytest
-from fastapi import FastAPI
 
-from service.app import create_app
 from service.callers.places import Places
 from service.problems import Problem
-from tests.service.conftest import Bench, data_url, picture, settings
-from tests.service.gates import Gate, serve
+from tests.service.conftest import Bench, data_url, picture
+from tests.service.houses import OpenHouse
 from tests.waiting import wait_for
-from workers.redis_process import RedisProcess
-from workers.tenants import SOLE_TENANT, TenantBook
+from workers.tenants import SOLE_TENANT
 
 CAP = 3
 SUBMISSIONS = ("/v1/customize", "/v1/references", "/v1/trainings")
-
-
-@dataclass
-class House:
-    """A gateway that asks for keys, and callers of two tenants."""
-
-    gate: Gate
-    app: FastAPI
-    keys: dict[str, dict[str, str]]
-    closing: ExitStack = field(default_factory=ExitStack)
-
-    def ask(self, tenant: str, method: str, path: str, **options: Any) -> httpx2.Response:
-        headers = self.keys[tenant] | options.pop("headers", {})
-        return httpx2.request(method, self.gate.url + path, headers=headers, timeout=60, **options)
-
-    def submit(self, tenant: str) -> httpx2.Response:
-        return self.ask(tenant, "POST", "/v1/customize", json={"prompt": "a toy"})
-
-    def half_sent(self, tenant: str, path: str) -> socket.socket:
-        """A connection with a request whose body does not end."""
-        peer = self.closing.enter_context(socket.create_connection(self.gate.address, timeout=30))
-        kind = "image/png" if path.endswith("references") else "application/json"
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n"
-        peer.sendall(f"{head}Authorization: {self.keys[tenant]['Authorization']}\r\n\r\n{{".encode())
-        return peer
-
-
-Open = Callable[..., House]
-
-
-@pytest.fixture
-def open_house(redis_server: RedisProcess, model_dir: Path, tmp_path: Path, bench: Bench) -> Iterator[Open]:
-    with ExitStack() as stack:
-
-        def make(**changes: Any) -> House:
-            book = TenantBook(bench.redis)
-            keys = {tenant: {"Authorization": f"Bearer {book.create_key(tenant)}"} for tenant in ("a", "b")}
-            app = create_app(settings(redis_server.url, tmp_path, model_dir, auth="keys", **changes))
-            house = House(stack.enter_context(contextmanager(serve)(app)), app, keys)
-            stack.enter_context(house.closing)
-            return house
-
-        yield make
 
 
 def refused(answer: httpx2.Response) -> bool:
@@ -81,7 +30,7 @@ def refused(answer: httpx2.Response) -> bool:
 
 @pytest.mark.parametrize("path", SUBMISSIONS)
 @pytest.mark.parametrize("cap", [CAP, CAP + 1], ids=["full", "control: one more"])
-def test_bodies_that_do_not_end(open_house: Open, path: str, cap: int) -> None:
+def test_bodies_that_do_not_end(open_house: OpenHouse, path: str, cap: int) -> None:
     """A tenant with as many unfinished bodies as it may is refused before it sends the next, whatever that is; another
     is served, and so is the first once one of them has ended.
     """
@@ -99,7 +48,7 @@ def test_bodies_that_do_not_end(open_house: Open, path: str, cap: int) -> None:
 
 
 @pytest.mark.parametrize("cap", [CAP, CAP + 1], ids=["full", "control: one more"])
-def test_streams(open_house: Open, bench: Bench, cap: int) -> None:
+def test_streams(open_house: OpenHouse, bench: Bench, cap: int) -> None:
     """A tenant follows as much as it may at a time. A stream that ends, or whose reader has gone, makes room."""
     house = open_house(tenant_streams=cap)
     jobs = {tenant: house.submit(tenant).json()["id"] for tenant in "ab"}
@@ -124,7 +73,7 @@ def test_streams(open_house: Open, bench: Bench, cap: int) -> None:
         wait_for(lambda: places.taken("a") == places.taken("b") == 0, "the places of those that have ended")
 
 
-def test_who_waits_for_too_much_is_answered_at_once(open_house: Open, bench: Bench) -> None:
+def test_who_waits_for_too_much_is_answered_at_once(open_house: OpenHouse, bench: Bench) -> None:
     """A long poll beyond the cap is a plain one, with a hint when to come again, and a submission is accepted without
     being waited for; another tenant waits as ever. Control: below the cap the same caller waits.
     """
