@@ -10,6 +10,7 @@ import redis
 from fastapi import Depends, Request
 
 from model.spec import ModelSpec, load_spec
+from service.adapters import Bases
 from service.admission import Admission
 from service.callers.auth import Door
 from service.callers.limits import StepCost
@@ -127,6 +128,7 @@ def _admission(settings: GatewaySettings, spec: ModelSpec, client: redis.Redis, 
         ledger,
         References(client, store, settings.reference_ttl_s),
         Registry(settings.adapter_root),
+        Bases(client),
         rules=rules,
         webhooks=rules if settings.webhook_secrets else None,
         step=StepCost(settings.step_token_s, settings.step_square_s),

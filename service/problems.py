@@ -117,6 +117,11 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         "adapter_unknown": _meaning(
             "Adapter unknown", "There is no adapter of this name, or none of this version: see /v1/adapters."
         ),
+        "adapter_mismatch": _meaning(
+            "Adapter of another base",
+            "No worker serves the base model that it is made for: name a version trained on the served base, see "
+            "/v1/adapters and /v1/models.",
+        ),
         "adapter_scale_out_of_range": _meaning("Adapter scale", "The scale of an adapter is from -2 to 2."),
         "metadata_too_large": _meaning(
             "Metadata too large", "At most 16 entries and 2048 bytes of keys and values together."
