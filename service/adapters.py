@@ -35,9 +35,9 @@ class Bases:
         """
         until, bases = self._known
         if time.monotonic() >= until:
-            cards = queues.workers(self.client, CUSTOMIZE)
-            said = [card.get("base") for card in cards if card.get("state") != "stopping"]
-            bases = frozenset(said) if all(said) else frozenset[str]()
+            cards = [card for card in queues.workers(self.client, CUSTOMIZE) if card.get("state") != "stopping"]
+            said: list[str] = [base for card in cards if (base := card.get("base"))]
+            bases = frozenset(said) if len(said) == len(cards) else frozenset[str]()
             self._known = (time.monotonic() + self.remember_s, bases)
         return bases
 

@@ -156,7 +156,7 @@ def test_what_is_served_is_asked_for_again(bench: Bench) -> None:
     """A change of the fleet is noticed within the time that an answer is remembered, and not asked for more often."""
     patient, eager = Bases(bench.redis, 3600.0), Bases(bench.redis, 0.05)
     announced(bench, {"base": BASE})
-    assert patient.served() == eager.served() == {BASE}
+    assert patient.served() == eager.served() == frozenset({BASE})
     announced(bench, {"base": OTHER})
-    wait_for(lambda: eager.served() == {OTHER}, "the new base")
-    assert patient.served() == {BASE}
+    wait_for(lambda: eager.served() == frozenset({OTHER}), "the new base")
+    assert patient.served() == frozenset({BASE})
