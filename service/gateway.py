@@ -31,7 +31,7 @@ from workers.pictures import PictureLimits
 from workers.references import References
 from workers.registry import Registry
 from workers.telemetry.tracing import Tracing
-from workers.tenants import TenantBook
+from workers.tenants import SOLE_TENANT, TenantBook
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,10 @@ class Gateway:
     metrics: GatewayMetrics
     tracing: Tracing
     readiness: Readiness
+
+    def pace(self, tenant: str) -> int | None:
+        """How many of a tenant's jobs, or trainings, are accepted within an hour; None: any number."""
+        return None if tenant == SOLE_TENANT else self.settings.tenant_acceptances or None
 
     def let_go(self) -> None:
         """The process is about to end: who waits or listens goes, to come back to another. From any thread."""

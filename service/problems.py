@@ -163,8 +163,9 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         ),
         "too_many_requests": ProblemType(
             429,
-            "Too many at once",
-            "You have as many requests of this kind in hand as one caller may: let some end first.",
+            "Too many requests",
+            "As many of this kind are in hand, or were accepted this hour, as one caller may have: try again after "
+            "Retry-After.",
             retryable=True,
         ),
         "head_too_large": ProblemType(431, "Headers too large", "The request line and headers exceed 16 KiB."),
