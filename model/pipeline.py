@@ -126,8 +126,8 @@ class Pipeline:
         if self._num_lanes > 1:
             torch.set_num_threads(1)
 
-    def describe(self) -> dict[str, str | int]:
-        """What runs here, for `/v1/models` and the log."""
+    def describe(self) -> dict[str, str | int | None]:
+        """What runs here, for `/v1/models`, admission and the log. `base`: its fingerprint, None if nobody knows."""
         parameter = next(self.model.transformer.parameters())
         device = parameter.device
         return {
@@ -136,6 +136,7 @@ class Pipeline:
             "compiled": str(self._compile != "off").lower(),
             "kernels": "; ".join(f"{op}: {choice}" for op, choice in dispatch.describe().items()),
             "parameters": sum(p.numel() for p in self.model.transformer.parameters()),
+            "base": self.model.base,
             "torch": torch.__version__,
             "diffusers": version("diffusers"),
             "transformers": version("transformers"),

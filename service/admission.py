@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from model.roles import Role
 from model.spec import ModelSpec, Range
-from service.adapters import adapter_use
+from service.adapters import Bases, adapter_use
 from service.callers.limits import StepCost, cost_s
 from service.images import Picture, PictureGate
 from service.problems import Fault, Problem
@@ -45,6 +45,7 @@ class Admission:
     ledger: CustomizeLedger
     references: References
     registry: Registry
+    bases: Bases
     rules: Rules
     webhooks: Rules | None
     step: StepCost
@@ -64,7 +65,7 @@ class Admission:
         faults += check_metadata(request.metadata)
         webhook = webhook_of(request.webhook, self.webhooks, faults)
         tenant = terms.tenant
-        adapter = adapter_use(request.adapter, self.registry.of(tenant), faults)
+        adapter = adapter_use(request.adapter, self.registry.of(tenant), self.bases, faults)
         if faults:
             raise Problem.of_faults(faults)
         references = self._references(request, tenant)

@@ -9,6 +9,7 @@ import redis
 from fastapi import Depends, Request
 
 from model.spec import ModelSpec, load_spec
+from service.adapters import Bases
 from service.admission import Admission
 from service.callers.auth import Door
 from service.callers.limits import StepCost
@@ -30,7 +31,7 @@ from workers.pictures import PictureLimits
 from workers.references import References
 from workers.registry import Registry
 from workers.telemetry.tracing import Tracing
-from workers.tenants import TenantBook
+from workers.tenants import SOLE_TENANT, TenantBook
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,10 @@ class Gateway:
     metrics: GatewayMetrics
     tracing: Tracing
     readiness: Readiness
+
+    def pace(self, tenant: str) -> int | None:
+        """How many of a tenant's jobs, or trainings, are accepted within an hour; None: any number."""
+        return None if tenant == SOLE_TENANT else self.settings.tenant_acceptances or None
 
     def let_go(self) -> None:
         """The process is about to end: who waits or listens goes, to come back to another. From any thread."""
@@ -129,6 +134,7 @@ def _admission(settings: GatewaySettings, spec: ModelSpec, client: redis.Redis, 
         ledger,
         References(client, store, settings.reference_ttl_s),
         Registry(settings.adapter_root),
+        Bases(client),
         rules=rules,
         webhooks=rules if settings.webhook_secrets else None,
         step=StepCost(settings.step_token_s, settings.step_square_s),

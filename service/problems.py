@@ -117,6 +117,11 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         "adapter_unknown": _meaning(
             "Adapter unknown", "There is no adapter of this name, or none of this version: see /v1/adapters."
         ),
+        "adapter_mismatch": _meaning(
+            "Adapter of another base",
+            "No worker serves the base model that it is made for: name a version trained on the served base, see "
+            "/v1/adapters and /v1/models.",
+        ),
         "adapter_scale_out_of_range": _meaning("Adapter scale", "The scale of an adapter is from -2 to 2."),
         "metadata_too_large": _meaning(
             "Metadata too large", "At most 16 entries and 2048 bytes of keys and values together."
@@ -158,8 +163,9 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         ),
         "too_many_requests": ProblemType(
             429,
-            "Too many at once",
-            "You have as many requests of this kind in hand as one caller may: let some end first.",
+            "Too many requests",
+            "As many of this kind are in hand, or were accepted this hour, as one caller may have: try again after "
+            "Retry-After.",
             retryable=True,
         ),
         "head_too_large": ProblemType(431, "Headers too large", "The request line and headers exceed 16 KiB."),

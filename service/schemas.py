@@ -293,7 +293,7 @@ class ModelBody(OutputBody):
 
 class ModelList(OutputBody):
     models: list[ModelBody]
-    workers: list[dict[str, Any]] = Field(description="Cards of the live workers: device, versions, state.")
+    workers: list[dict[str, Any]] = Field(description="Cards of the live workers: device, versions, base, state.")
 
 
 class Liveness(OutputBody):

@@ -28,6 +28,8 @@ class GatewaySettings(QueueSettings):
             1024² on an H200). A tenant's trainings count against its share by themselves, apart from its jobs.
         tenant_submissions, tenant_waits, tenant_streams: requests with a body (jobs, trainings, pictures), answers that
             wait for a job, and event streams that a tenant may have in hand here at a time; `default` has no limit.
+        tenant_acceptances: jobs, and trainings, of a tenant that are accepted within an hour, however they end: each is
+            kept in Redis for job_ttl_s; 0: any number; `default` has no limit.
         step_token_s, step_square_s: seconds of a denoise step per token and per token²; see `limits`.
         redis_timeout_s: for each answer of Redis; then 503.
         drain_s: after SIGTERM, how long it goes on answering while /readyz says no: as long as whoever sends requests
@@ -49,6 +51,7 @@ class GatewaySettings(QueueSettings):
     tenant_submissions: int = Field(default=32, ge=1)
     tenant_waits: int = Field(default=256, ge=1)
     tenant_streams: int = Field(default=256, ge=1)
+    tenant_acceptances: int = Field(default=5_000, ge=0)
     step_token_s: float = Field(default=StepCost.token, ge=0)
     step_square_s: float = Field(default=StepCost.square, ge=0)
     redis_timeout_s: float = Field(default=2.0, gt=0)

@@ -26,6 +26,7 @@ class Terms:
         once: the idempotency key it came with.
         start_within_s: it expires if no step is made within this time.
         share_s, bound_s: estimated GPU-seconds that the tenant's open jobs, and all, may take together.
+        pace: how many of the tenant's are accepted within an hour; None: any number.
         request_id, traceparent: of the request.
     """
 
@@ -34,6 +35,7 @@ class Terms:
     start_within_s: float | None = None
     share_s: float | None = None
     bound_s: float | None = None
+    pace: int | None = None
     request_id: str = ""
     traceparent: str | None = None
 
@@ -72,7 +74,8 @@ def submit(
         cost_s: estimated GPU-seconds.
 
     Raises:
-        Problem: 410 or 422, as `replayed`; 429 or 503, too much is waiting; 503, it cannot be read back.
+        Problem: 410 or 422, as `replayed`; 429 or 503, too much is waiting or came this hour; 503, it cannot be read
+            back.
         redis.exceptions.RedisError: Redis is away.
     """
     accepted = ledger.accept(
@@ -82,12 +85,15 @@ def submit(
         cost_s=cost_s,
         share_s=terms.share_s,
         bound_s=terms.bound_s,
+        pace=terms.pace,
     )
     if accepted.outcome == "over_share" and terms.share_s is not None:
         excess = ledger.load(terms.tenant) + cost_s - terms.share_s
         raise _too_much("tenant_over_share", ledger, excess / cost_s)
     if accepted.outcome == "over_bound" and terms.bound_s is not None:
         raise _too_much("over_capacity", ledger, (ledger.load() + cost_s - terms.bound_s) / cost_s)
+    if accepted.outcome == "over_pace":
+        raise Problem("too_many_requests", headers={"Retry-After": str(accepted.wait_s)})
     if accepted.outcome in ("replayed", "conflict"):
         return _first(ledger, accepted, terms.tenant)
     queues.ring_accepted(ledger, accepted)

@@ -56,6 +56,7 @@ class AdapterView(OutputBody):
     published_at: str
     recipe: str | None
     steps: int | None
+    base: str | None = Field(description="Fingerprint of the base model that it is made for; null: nobody knows.")
     files: list[str]
 
 

@@ -171,6 +171,7 @@ def adapter_view(adapter: PublishedAdapter) -> AdapterView:
         published_at=time_text(adapter.published_at),
         recipe=str(recipe["name"]) if isinstance(recipe, Mapping) and "name" in recipe else None,
         steps=steps if isinstance(steps, int) else None,
+        base=adapter.base,
         files=_files(adapter.directory),
     )
 

@@ -105,6 +105,7 @@ class Ledger(Outboxes[JobT, ProgressT, ResultT]):
         cost_s: float = 0.0,
         share_s: float | None = None,
         bound_s: float | None = None,
+        pace: int | None = None,
     ) -> Accepted:
         """Record a job as queued, unless it was accepted before or too much is accepted already.
 
@@ -114,6 +115,7 @@ class Ledger(Outboxes[JobT, ProgressT, ResultT]):
             cost_s: what it is estimated to take of the device.
             share_s, bound_s: open jobs of its tenant, and of all, may take no more than that together; one that is
                 alone always may.
+            pace: jobs of its tenant that are accepted within an hour by Redis' clock; None: any number, not counted.
         """
         hook = job.webhook
         answer = self._call(
@@ -131,9 +133,10 @@ class Ledger(Outboxes[JobT, ProgressT, ResultT]):
             round(cost_s * 1e6),
             "" if share_s is None else share_s * 1e6,
             "" if bound_s is None else bound_s * 1e6,
+            "" if pace is None else pace,
         )
-        outcome, job_id, called = map(text_of, answer)
-        return Accepted(outcome, job_id, called == "1")  # pyright: ignore[reportArgumentType]  # the script answers one of them
+        outcome, job_id, called, *wait_s = map(text_of, answer)
+        return Accepted(outcome, job_id, called == "1", *map(int, wait_s))  # pyright: ignore[reportArgumentType]  # the script answers one of them
 
     def seen(self, once: Once) -> Accepted | None:
         """What `accept` would answer to this key; None if the key is new."""

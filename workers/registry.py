@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,10 @@ class PublishedAdapter:
         """Fingerprint of the base model that it was trained on; None of what was trained elsewhere or earlier."""
         base: Any = self.card.get("base")
         return base if isinstance(base, str) else None
+
+    def fits(self, bases: Collection[str]) -> bool:
+        """Whether it may be made for one of these base models: it is, or of either nothing is known."""
+        return not bases or self.base is None or self.base in bases
 
     @property
     def file(self) -> Path:
@@ -141,16 +145,19 @@ class Registry:
         check(adapter)
         return adapter
 
-    def locate(self, name: str, version: str | None = None) -> PublishedAdapter:
+    def locate(self, name: str, version: str | None = None, bases: Collection[str] = ()) -> PublishedAdapter:
         """As `find`, without reading the adapter's file.
+
+        Args:
+            bases: rather one that fits them than a newer one; if none does, the newest all the same.
 
         Raises:
             RegistryError: `adapter_unknown`.
         """
-        for adapter in self.versions(name):
-            if version in (None, adapter.version):
-                return adapter
-        raise _unknown()
+        found = [adapter for adapter in self.versions(name) if version in (None, adapter.version)]
+        if not found:
+            raise _unknown()
+        return next((adapter for adapter in found if adapter.fits(bases)), found[0])
 
     def _all(self, name: str | None) -> Iterator[PublishedAdapter]:
         seen: set[tuple[str, str]] = set()

@@ -195,7 +195,11 @@ class ModelList:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """One published version of an adapter; `version` is the sha256 of its file, `kind` `dreamo` or `lora`."""
+    """One published version of an adapter.
+
+    `version` is the sha256 of its file, `kind` `dreamo` or `lora`, `base` a fingerprint of its base model
+    (None: nobody knows).
+    """
 
     name: str
     version: str
@@ -203,6 +207,7 @@ class Adapter:
     published_at: datetime
     recipe: str | None = None
     steps: int | None = None
+    base: str | None = None
     files: tuple[str, ...] = ()
 
 

@@ -87,6 +87,7 @@ def _admit(
             start_within_s=headers.start_within_s,
             share_s=gateway.door.share(tenant, gateway.settings.share_s),
             bound_s=gateway.settings.bound_s,
+            pace=gateway.pace(tenant),
             request_id=request.state.request_id,
             traceparent=traceparent_of(span),
         )

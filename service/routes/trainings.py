@@ -64,6 +64,7 @@ def _admit(
             tenant,
             once=once,
             share_s=gateway.door.share(tenant, gateway.settings.share_s),
+            pace=gateway.pace(tenant),
             request_id=request.state.request_id,
             traceparent=traceparent_of(span),
         )

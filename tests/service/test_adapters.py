@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.adapters import Bases
 from tests.service.conftest import Bench
-from workers.registry import LORA, MAIN, PublishedAdapter, Registry
+from tests.waiting import wait_for
+from workers import queues
+from workers.jobs import CUSTOMIZE
+from workers.registry import CARD, LORA, MAIN, PublishedAdapter, Registry
+
+BASE, OTHER = "a" * 32, "b" * 32
 
 
-def published(bench: Bench, folder: Path, content: bytes, *, name: str = "style", file: str = MAIN) -> PublishedAdapter:
+def published(
+    bench: Bench, folder: Path, content: bytes, *, name: str = "style", file: str = MAIN, base: str | None = None
+) -> PublishedAdapter:
     source = folder / content.decode()
     source.mkdir()
     (source / file).write_bytes(content)
+    (source / CARD).write_text(json.dumps({"base": base}))
     return Registry(bench.home / "adapters").publish(name, source)
 
 
@@ -81,3 +91,72 @@ def test_registered_files_are_listed_beside_trained_ones(bench: Bench, tmp_path:
         ("lora", "lora", [LORA]),
         ("style", "dreamo", [MAIN]),
     ]
+
+
+def announced(bench: Bench, *cards: dict[str, Any]) -> None:
+    """Workers with these cards are live."""
+    for number, card in enumerate(cards):
+        queues.announce(bench.redis, CUSTOMIZE, f"worker-{number}", {"state": "ready", **card}, 60.0)
+
+
+def test_an_adapter_of_a_base_that_nobody_serves(bench: Bench, tmp_path: Path) -> None:
+    """Refused before it takes a share and waits to fail. Control: one of the served base, and one of which nobody knows
+    the base, are accepted beside it."""
+    announced(bench, {"base": BASE}, {"base": BASE, "state": "busy"})
+    theirs = published(bench, tmp_path, b"theirs", base=OTHER)
+    assert faults(bench, {"name": "style"}) == [("/adapter/name", "adapter_mismatch")]
+    named = {"name": "style", "version": theirs.version}
+    assert faults(bench, named) == [("/adapter/version", "adapter_mismatch")]
+    assert bench.ledger.list()[0] == []
+    published(bench, tmp_path, b"ours", name="ours", base=BASE)
+    published(bench, tmp_path, b"registered", name="registered")
+    for name in ("ours", "registered"):
+        assert bench.submit(adapter={"name": name})["request"]["adapter"]["name"] == name
+    listed = bench.client.get("/v1/adapters").json()["adapters"]
+    assert {one["name"]: one["base"] for one in listed} == {"style": OTHER, "ours": BASE, "registered": None}
+    assert {card["base"] for card in bench.client.get("/v1/models").json()["workers"]} == {BASE}, "as the remedy says"
+
+
+@pytest.mark.parametrize(
+    "cards",
+    [
+        [],
+        [{"base": BASE}, {"state": "loading"}],
+        [{"base": BASE}, {"base": None}],
+        [{"base": BASE}, {"base": OTHER}],
+        [{"base": BASE, "state": "stopping"}],
+    ],
+    ids=["none", "loading", "unknown", "both", "leaving"],
+)
+def test_where_nobody_can_tell_the_worker_decides(bench: Bench, tmp_path: Path, cards: list[dict[str, Any]]) -> None:
+    """A fleet that starts, changes its base or is of an older version costs no caller a job."""
+    announced(bench, *cards)
+    theirs = published(bench, tmp_path, b"theirs", base=OTHER)
+    assert bench.submit(adapter={"name": "style"})["request"]["adapter"]["version"] == theirs.version
+
+
+def test_a_worker_that_leaves_says_nothing_any_more(bench: Bench, tmp_path: Path) -> None:
+    """It takes no more jobs, so an adapter of its base would wait for nobody."""
+    announced(bench, {"base": OTHER, "state": "stopping"}, {"base": BASE})
+    published(bench, tmp_path, b"theirs", base=OTHER)
+    assert faults(bench, {"name": "style"}) == [("/adapter/name", "adapter_mismatch")]
+
+
+def test_the_newest_that_fits_is_taken(bench: Bench, tmp_path: Path) -> None:
+    """A version for the next base does not take the name away from those who draw with this one."""
+    announced(bench, {"base": BASE})
+    published(bench, tmp_path, b"oldest", base=BASE)
+    fitting = published(bench, tmp_path, b"older", base=BASE)
+    newest = published(bench, tmp_path, b"newest", base=OTHER)
+    assert bench.submit(adapter={"name": "style"})["request"]["adapter"]["version"] == fitting.version
+    assert faults(bench, {"name": "style", "version": newest.version}) == [("/adapter/version", "adapter_mismatch")]
+
+
+def test_what_is_served_is_asked_for_again(bench: Bench) -> None:
+    """A change of the fleet is noticed within the time that an answer is remembered, and not asked for more often."""
+    patient, eager = Bases(bench.redis, 3600.0), Bases(bench.redis, 0.05)
+    announced(bench, {"base": BASE})
+    assert patient.served() == eager.served() == frozenset({BASE})
+    announced(bench, {"base": OTHER})
+    wait_for(lambda: eager.served() == frozenset({OTHER}), "the new base")
+    assert patient.served() == frozenset({BASE})

@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.callers.connections import Deadlines
 from service.commands.serving import http_config
+from service.settings import GatewaySettings
 from tests.service.conftest import Bench, data_url, picture, reference, settings
 from tests.waiting import wait_for
 from workers.artifacts import ArtifactError
@@ -297,8 +298,17 @@ def test_disk_that_takes_nothing(redis_server: RedisProcess, model_dir: Path, tm
 
 @pytest.fixture
 def address(redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iterator[tuple[str, int]]:
-    """A gateway on a loopback port that waits half a second for a body."""
-    chosen = settings(redis_server.url, tmp_path, model_dir, body_timeout_s=0.5)
+    """A gateway on a loopback port."""
+    yield from serve(settings(redis_server.url, tmp_path, model_dir))
+
+
+@pytest.fixture
+def hasty(redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """One that waits half a second for a body."""
+    yield from serve(settings(redis_server.url, tmp_path, model_dir, body_timeout_s=0.5))
+
+
+def serve(chosen: GatewaySettings) -> Iterator[tuple[str, int]]:
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(http_config(create_app(chosen), deadlines=Deadlines(linger=1.0)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -329,10 +339,10 @@ def unfinished(home: Path) -> list[Path]:
     return [path for path in home.rglob("*.part") if path.is_file()]
 
 
-def test_upload_that_stalls_is_cut_off(address: tuple[str, int], tmp_path: Path) -> None:
+def test_upload_that_stalls_is_cut_off(hasty: tuple[str, int], tmp_path: Path) -> None:
     """A body that never ends costs its sender the upload, and the disk nothing."""
     head = "Content-Type: image/png\r\nContent-Length: 100"
-    assert b'"request_timeout"' in exchange(address, head, lambda peer: peer.sendall(b"\x89PNG"))
+    assert b'"request_timeout"' in exchange(hasty, head, lambda peer: peer.sendall(b"\x89PNG"))
     assert unfinished(tmp_path) == []
 
 

@@ -115,6 +115,7 @@ SLIPS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 ELSEWHERE = {
+    "adapter_mismatch": "test_adapters",
     "adapter_scale_out_of_range": "test_adapters",
     "recipe_unknown": "test_trainings",
     "recipe_unusable": "test_trainings",

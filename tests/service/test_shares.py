@@ -28,6 +28,7 @@ from service.callers.limits import (
 )
 from tests.service.conftest import Bench, picture, settings
 from tests.waiting import wait_for
+from tests.workers.ledgers import settled_hour
 from workers.jobs import TRAINING, CustomizeJob, JobError, ReferenceInput, Sampling, TrainingResult
 from workers.ledger import Ledger, TrainingLedger
 from workers.redis_process import RedisProcess
@@ -211,6 +212,44 @@ def test_the_whole_service_has_a_bound(make: Make, bench: Bench) -> None:
     assert (refused.status_code, refused.json()["code"]) == (503, "over_capacity")
     assert int(refused.headers["retry-after"]) == UNKNOWN_WAIT_S
     assert len(bench.ledger.list()[0]) == 2
+
+
+def test_what_is_canceled_at_once_counts(make: Make, bench: Bench) -> None:
+    """Its record stays for a day, so a tenant is accepted a number of times an hour and then told when to come back.
+
+    A replay, what is refused and another tenant's count for nothing, trainings by themselves.
+    """
+    client, book = make(auth="keys", tenant_acceptances=3, share_s=1e6), TenantBook(bench.redis)
+    flood, calm, hour = book.create_key("flood"), book.create_key("calm"), settled_hour(bench.redis)
+    first = submit(client, flood, **{"Idempotency-Key": "k"})
+    for _ in range(5):
+        assert submit(client, flood, **{"Idempotency-Key": "k"}).json()["id"] == first.json()["id"]
+        assert client.post("/v1/customize", json={}, headers={"Authorization": f"Bearer {flood}"}).status_code == 422
+    for job in [first, *(submit(client, flood) for _ in range(2))]:
+        assert job.status_code == 202
+        bench.ledger.cancel(job.json()["id"])
+    assert bench.ledger.load("flood") == 0.0, "no share says so"
+    refused = submit(client, flood)
+    assert (refused.status_code, refused.json()["code"]) == (429, "too_many_requests")
+    assert 1 <= int(refused.headers["retry-after"]) <= 3600
+    assert submit(client, flood, **{"Idempotency-Key": "k"}).json()["id"] == first.json()["id"]
+    assert len(bench.ledger.list("flood")[0]) == 3
+    assert submit(client, calm).status_code == 202
+    trained = [train(client, flood) for _ in range(4)]
+    assert [answer.status_code for answer in trained] == [202] * 3 + [429]
+    assert trained[-1].json()["code"] == "too_many_requests"
+    counter = f"{bench.ledger.root}accepted:flood:{hour}"
+    bench.redis.rename(counter, f"{bench.ledger.root}accepted:flood:{hour - 1}")
+    assert submit(client, flood).status_code == 202, "the next hour"
+
+
+@pytest.mark.parametrize(("auth", "most"), [("off", 1), ("keys", 0)])
+def test_a_pace_that_nobody_has(make: Make, bench: Bench, auth: str, most: int) -> None:
+    """Neither the operator's own tenant, nor anybody where the number is 0: nothing is counted."""
+    client = make(auth=auth, tenant_acceptances=most)
+    key = TenantBook(bench.redis).create_key("acme") if auth == "keys" else None
+    assert [submit(client, key).status_code for _ in range(3)] == [202] * 3
+    assert bench.redis.keys(f"{bench.ledger.root}accepted:*") == []
 
 
 def test_the_place_in_line_has_a_time(bench: Bench) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import redis
+
+from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
 from workers.jobs import CUSTOMIZE, CustomizeRecord, ImageArtifact, JobError, JobResult, Progress
 from workers.ledger import CustomizeLedger, Ledger
@@ -24,6 +27,16 @@ def running(ledger: CustomizeLedger, make_job: MakeJob, job_id: str = "job_1") -
 def lapse(ledger: CustomizeLedger, job_id: str, token: int) -> None:
     """Let the claim's lease end now, by a beat that renews it for no time at all."""
     assert Ledger(ledger.redis, CUSTOMIZE, lease_s=0.0).beat(job_id, token) in ("ok", "canceled")
+
+
+def settled_hour(client: redis.Redis) -> int:
+    """Redis' hour, one that does not end while a test counts in it."""
+
+    def seconds() -> int:
+        return client.time()[0]  # pyright: ignore[reportIndexIssue]  # sync client
+
+    wait_for(lambda: seconds() % 3600 < 3570, "an hour with time left")
+    return seconds() // 3600
 
 
 def record(ledger: CustomizeLedger, job_id: str = "job_1") -> CustomizeRecord:

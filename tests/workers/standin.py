@@ -26,6 +26,7 @@ from workers.inference.worker import run_worker
 from workers.settings import WorkerSettings
 
 LOADS = "loads"
+BASE = "5" * 32
 FAULTS: dict[str, Callable[[], Exception]] = {
     "oom": lambda: RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "memory": MemoryError,
@@ -65,8 +66,18 @@ class StandinPipeline:
     def settle_thread(self) -> None:
         """Nothing here depends on threads."""
 
-    def describe(self) -> dict[str, str | int]:
-        return {"device": "none", "dtype": "uint8"}
+    def describe(self) -> dict[str, str | int | None]:
+        return {
+            "device": "none",
+            "dtype": "uint8",
+            "compiled": "false",
+            "kernels": "none",
+            "parameters": 0,
+            "base": BASE,
+            "torch": "none",
+            "diffusers": "none",
+            "transformers": "none",
+        }
 
     def warm(self) -> None:
         self.warmed = True

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from tests.workers.conftest import MakeJob
-from tests.workers.ledgers import RESULT, record, running
+from tests.workers.ledgers import RESULT, record, running, settled_hour
 from workers import queues
 from workers.jobs import CUSTOMIZE, JobStatus, Progress
 from workers.ledger import Accepted, CustomizeLedger, Ledger, Once
@@ -76,6 +76,39 @@ def test_shares_and_the_bound(ledger: CustomizeLedger, make_job: MakeJob) -> Non
     for job_id in ("job_2", "job_3", "job_4"):
         ledger.cancel(job_id)
     assert (ledger.load("b"), ledger.load()) == (0.0, 0.0)
+
+
+def test_a_pace(ledger: CustomizeLedger, client: redis.Redis, make_job: MakeJob) -> None:
+    """So many acceptances an hour by Redis' clock, counted in the script that accepts: who resends after a lost reply,
+    replays or is refused by a share counts no more, and the count itself is forgotten."""
+    settled_hour(client)
+
+    def send(job_id: str, key: str = "", **limits: float) -> Accepted:
+        once = Once("a", key, DIGEST) if key else None
+        return ledger.accept(make_job(job_id, tenant="a"), once=once, cost_s=1.0, pace=2, **limits)
+
+    assert send("job_1", "k").outcome == "new"
+    assert send("job_1").outcome == "known"
+    assert send("job_2", "k") == Accepted("replayed", "job_1")
+    assert send("job_2", share_s=1.5).outcome == "over_share"
+    assert send("job_2").outcome == "new"
+    refused = send("job_3", "other")
+    assert (refused.outcome, refused.called) == ("over_pace", False)
+    assert refused.wait_s == pytest.approx(3600 - client.time()[0] % 3600, abs=5)  # pyright: ignore[reportIndexIssue]  # sync client
+    assert ledger.get("job_3") is None and ledger.seen(Once("a", "other", DIGEST)) is None
+    assert send("job_3", "k") == Accepted("replayed", "job_1")
+    assert ledger.accept(make_job("job_4", tenant="b"), pace=2).outcome == "new"
+    counters = [key for tenant in "ab" for key in client.scan_iter(f"{CUSTOMIZE.root}accepted:{tenant}:*")]
+    assert [client.get(key) for key in counters] == [b"2", b"1"]
+    assert all(3600 < client.ttl(key) <= 7200 for key in counters), "longer than its hour, not for ever"  # pyright: ignore[reportOperatorIssue]  # sync client
+
+
+def test_a_pace_holds_against_many_at_once(ledger: CustomizeLedger, client: redis.Redis, make_job: MakeJob) -> None:
+    """Gateways that accept at the same moment do not let more in together."""
+    settled_hour(client)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: ledger.accept(make_job(f"job_{n}", tenant="a"), pace=5), range(24)))
+    assert sorted(answer.outcome for answer in answers) == ["new"] * 5 + ["over_pace"] * 19
 
 
 def test_a_flood_waits_in_its_own_line(ledger: CustomizeLedger, client: redis.Redis, make_job: MakeJob) -> None:

@@ -21,6 +21,7 @@ Keys under one root (a single Redis, not a cluster):
     expiring            ended ids by the second at which they are forgotten
     gone:<id>           the tenant of an ended job; it outlives the record by a week
     once:<digest>       the answer to an idempotency key
+    accepted:<tenant>:<hour>     how many jobs of a tenant whose pace is bounded were accepted in that hour since 1970
     load, load_total    microseconds of the device that open jobs are estimated to take: by tenant, of all
     seq, fence          counters: acceptances, fencing tokens
     tally               what has happened so far, for metrics: ended:<status>; of the waits for a worker, and of the

@@ -15,6 +15,7 @@ local id, job, nonce, tenant, fetching = ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARG
 local once, digest, start_within = ARGV[8], ARGV[9], ARGV[10]
 local hook, hook_events = ARGV[11], ARGV[12]
 local cost, share, bound = tonumber(ARGV[13]), tonumber(ARGV[14]), tonumber(ARGV[15])
+local pace, hour = tonumber(ARGV[16]), root .. 'accepted:' .. tenant .. ':' .. math.floor(now / 3600)
 local function called() return redis.call('ZSCORE', root .. 'calling', id) and 1 or 0 end
 if redis.call('EXISTS', record(id), root .. 'gone:' .. id) > 0 then
   return {{get(id, 'accept_nonce') == nonce and 'new' or 'known', id, called()}}
@@ -26,11 +27,18 @@ if once ~= '' then
     return {{first_digest == digest and 'replayed' or 'conflict', first_id, 0}}
   end
 end
+if pace and tonumber(redis.call('GET', hour) or 0) >= pace then
+  return {{'over_pace', id, 0, math.ceil(3600 - now % 3600)}}
+end
 local mine = tonumber(redis.call('HGET', root .. 'load', tenant) or 0)
 local all = tonumber(redis.call('GET', root .. 'load_total') or 0)
 if share and mine > 0 and mine + cost > share then return {{'over_share', id, 0}} end
 if bound and all > 0 and all + cost > bound then return {{'over_bound', id, 0}} end
 if once ~= '' then redis.call('SET', root .. 'once:' .. once, digest .. ' ' .. id, 'EX', 86400) end
+if pace then
+  redis.call('INCR', hour)
+  redis.call('EXPIRE', hour, 7200)
+end
 local seq = redis.call('INCR', root .. 'seq')
 set(id, 'job', job, 'tenant', tenant, 'attempt', 1, 'seq', seq, 'accept_nonce', nonce, 'created_at', stamp(now),
     'cost', cost)

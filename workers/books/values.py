@@ -44,14 +44,17 @@ class Accepted:
 
     Attributes:
         outcome: `known`: this id was accepted before. `replayed`: its key was, with the same digest. `conflict`: with
-            another one. `over_share`, `over_bound`: its tenant, or all, have too much waiting; nothing is recorded.
+            another one. `over_share`, `over_bound`: its tenant, or all, have too much waiting. `over_pace`: as
+            many of its tenant were accepted within this hour as may be. Of these three nothing is recorded.
         job_id: the job that is meant; of a key, the one it came with first.
         called: it is to be rung for, by whoever accepted it: see `queues.ring_accepted`.
+        wait_s: over its pace, whole seconds until the next hour begins.
     """
 
-    outcome: Literal["new", "known", "replayed", "conflict", "over_share", "over_bound"]
+    outcome: Literal["new", "known", "replayed", "conflict", "over_share", "over_bound", "over_pace"]
     job_id: str
     called: bool = False
+    wait_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from workers.tenants import TenantBook
 JOBS = 20
 """In each state."""
 STATES = ("queued", "running", "ended")
-SHARES = {"DREAMSERVE_SHARE_S": "1e9", "DREAMSERVE_BOUND_S": "1e9"}
+SHARES = {"DREAMSERVE_SHARE_S": "1e9", "DREAMSERVE_BOUND_S": "1e9", "DREAMSERVE_TENANT_ACCEPTANCES": "0"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from model.pipeline import EncodedRequest, Pipeline, load_pipeline
 from model.sampling import Denoising
 from tests.model.adapters import another_dreamo, plain_lora
 from tests.workers.conftest import MakeJob
+from tests.workers.standin import StandinPipeline
 from workers import pictures
 from workers.artifacts import ArtifactStore
 from workers.inference.caches import Caches
@@ -222,6 +223,13 @@ def test_jobs_of_all_kinds_at_once(runner: JobRunner, shop: Shop, tmp_path: Path
         assert record.status is JobStatus.SUCCEEDED and record.result is not None
         (image,) = record.result.images
         assert shop.store.read_picture(image.name, image.sha256) == shop.alone(job)
+
+
+def test_a_card_says_which_base(pipeline: Pipeline) -> None:
+    """Admission compares it with an adapter's; the stand-in of other tests says neither more nor less."""
+    described = pipeline.describe()
+    assert isinstance(described["base"], str) and described["base"] == pipeline.model.base
+    assert described.keys() == StandinPipeline().describe().keys()
 
 
 def test_a_job_with_an_adapter_of_another_base(runner: JobRunner, shop: Shop, tmp_path: Path) -> None:

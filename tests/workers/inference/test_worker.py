@@ -18,7 +18,7 @@ import redis
 
 from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
-from tests.workers.standin import LOADS, picture
+from tests.workers.standin import BASE, LOADS, StandinPipeline, picture
 from workers import queues
 from workers.artifacts import ArtifactStore
 from workers.jobs import CUSTOMIZE, CustomizeJob, CustomizeRecord, JobStatus
@@ -144,8 +144,8 @@ def test_two_workers_many_jobs(crew: Crew, make_job: MakeJob) -> None:
     assert crew.client.llen("rq:queue:customize:intermediate") == 0
     assert crew.client.zcard(f"{CUSTOMIZE.root}leases") == 0
     card = crew.cards()[0]
-    assert {"pid", "state", "model", "device", "dtype", "name"} <= card.keys()
-    assert card["model"] == "standin"
+    assert card.keys() == {"pid", "state", "model", "name"} | StandinPipeline().describe().keys()
+    assert (card["model"], card["base"]) == ("standin", BASE)
 
 
 def test_forged_delivery_between_jobs(crew: Crew, make_job: MakeJob) -> None:
