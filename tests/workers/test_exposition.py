@@ -124,10 +124,10 @@ def test_a_taken_port_ends_it_at_once(own_redis: RedisProcess, tmp_path: Path) -
     """Exit status 2, which ends `serve` too, and one line that names the setting."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = environment(tmp_path, DREAMSERVE_METRICS_PORT=str(taken.getsockname()[1]))
-        for command in (COMMAND, [sys.executable, "-m", "workers.courier"]):
+        for name, command in (("worker", COMMAND), ("courier", [sys.executable, "-m", "workers.courier"])):
             done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, check=False)
             assert done.returncode == 2
-            assert done.stderr.splitlines()[-1].startswith("dreamserve worker: DREAMSERVE_METRICS_PORT: port ")
+            assert done.stderr.splitlines()[-1].startswith(f"dreamserve {name}: DREAMSERVE_METRICS_PORT: port ")
 
 
 def test_a_courier_without_redis_is_not_ready(own_redis: RedisProcess, tmp_path: Path) -> None:
