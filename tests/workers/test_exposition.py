@@ -112,7 +112,7 @@ def test_a_worker_from_loading_to_leaving(worker: Worker, own_redis: RedisProces
     for job in (make_job("job_1", steps=3, num_images=2), make_job("job_2", prompt="gate:open")):
         queues.ring_accepted(ledger, ledger.accept(job))
     wait_for(lambda: worker.metrics().get('dreamserve:requests_ended_total{state="succeeded"}') == 1, "one end")
-    assert worker.metrics()['dreamserve:requests_in_hand{state="running"}'] == 1
+    wait_for(lambda: worker.metrics()['dreamserve:requests_in_hand{state="running"}'] == 1, "the other to run")
     worker.process.send_signal(signal.SIGTERM)
     wait_for(lambda: worker.failed() == {"model": "stopping"}, "the word that it leaves")
     assert worker.failed("/livez") == {}
