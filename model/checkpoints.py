@@ -55,7 +55,7 @@ class ModelSource:
         version: the stack of adapters; None takes the base's own.
         turbo: whether the Turbo adapter is in the stack (12 steps instead of 25 and more).
         dtype: `auto` is bfloat16 on CUDA, float32 elsewhere. device: `auto` prefers CUDA.
-        cutout, faces: tools that prepare references; see `preprocess.load_tools`.
+        cutout, faces: tools that prepare references; see `preprocessors.prepare.load_tools`.
         compile: whether `torch.compile` runs the blocks; `auto`: on CUDA, and without if it fails.
         graphs: where compiled graphs are kept for the next process; None: where torch does.
         precision: of the blocks' large products; see `model.precision`.

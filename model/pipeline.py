@@ -31,7 +31,7 @@ from model.network import Network, ready
 from model.noise import Draws, SeededDraws
 from model.packing import Condition, ReferenceTokens
 from model.positions import Grid
-from model.preprocess import Tools, load_tools, prepare_reference, to_tensor_range
+from model.preprocessors.prepare import Tools, load_tools, prepare_reference, to_tensor_range
 from model.previews import PreviewMap, fit_preview_map
 from model.requests import ImageRequest, Reference
 from model.roles import Role

@@ -54,6 +54,7 @@ def test_the_walks_name_real_functions() -> None:
 
 PACKAGES = (
     *("service/callers", "service/routes", "service/commands", "service/client"),
+    "model/preprocessors",
     *("workers/books", "workers/telemetry", "workers/inference", "workers/courier", "workers/training"),
 )
 
@@ -103,7 +104,7 @@ def test_make_targets_exist() -> None:
 def test_every_code_of_the_model_is_documented() -> None:
     """What a job or a start can fail with is in docs/errors.md, and the list holds nothing else."""
     raised: set[str] = set()
-    for path in (ROOT / "model").glob("*.py"):
+    for path in (ROOT / "model").rglob("*.py"):
         raised |= set(
             re.findall(r'(?:WeightsError|AdapterError|UnusableReferenceError)\(\s*"([a-z_]+)"', path.read_text())
         )

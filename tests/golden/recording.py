@@ -20,12 +20,12 @@ from safetensors import safe_open
 from model.adapters import Version, fuse, read_adapter, stack
 from model.blocks import double_block, single_block, to_request_order
 from model.checkpoints import ModelSource, load_model, load_transformer
-from model.cutout import alpha_from_map
-from model.faces import align_face, whiten
 from model.noise import ReleasedDraws
 from model.packing import Kind, Layout, lay_out, pack
 from model.pipeline import EncodedReference, EncodedRequest, Pipeline
-from model.preprocess import area_size, load_tools, on_white, resize_area, resize_long, to_tensor_range
+from model.preprocessors.cutout import alpha_from_map
+from model.preprocessors.faces import align_face, whiten
+from model.preprocessors.prepare import area_size, load_tools, on_white, resize_area, resize_long, to_tensor_range
 from model.requests import ImageRequest
 from model.roles import Role
 from model.sampling import Denoising, moved
@@ -38,10 +38,16 @@ DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One checked tensor: `error` is the largest absolute difference; inf for another shape or other tokens."""
+    """One checked tensor.
+
+    Attributes:
+        error: the largest absolute difference; inf for another shape or other tokens.
+        relative: ‖got − wanted‖ / ‖wanted‖ over all of it, where both are tensors of one shape.
+    """
 
     name: str
     error: float
+    relative: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +104,16 @@ def check(recording: Recording, assets: Assets) -> Iterator[Row]:
 
 def compare(name: str, got: torch.Tensor, wanted: torch.Tensor) -> Row:
     if tuple(got.shape) != tuple(wanted.shape):
-        return Row(f"{name} {tuple(got.shape)} for {tuple(wanted.shape)}", float("inf"))
-    difference = (got.double() - wanted.double()).abs().max()
-    return Row(name, float("inf") if torch.isnan(difference) else float(difference))
+        return Row(f"{name} {tuple(got.shape)} for {tuple(wanted.shape)}", float("inf"), float("inf"))
+    difference = got.double() - wanted.double()
+    largest = difference.abs().max()
+    if torch.isnan(largest):
+        return Row(name, float("inf"), float("inf"))
+    return Row(name, float(largest), float(difference.norm() / wanted.double().norm().clamp(min=1e-12)))
 
 
 def same(name: str, got: object, wanted: object) -> Row:
-    return Row(name, 0.0 if got == wanted else float("inf"))
+    return Row(name, 0.0) if got == wanted else Row(name, float("inf"), float("inf"))
 
 
 def check_fused(recording: Recording, assets: Assets) -> Iterator[Row]:

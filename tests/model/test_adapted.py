@@ -25,7 +25,7 @@ from model.fingerprints import fingerprint_of
 from model.network import fused
 from model.pipeline import Pipeline
 from model.precision import quantized
-from model.preprocess import Tools, load_tools
+from model.preprocessors.prepare import Tools, load_tools
 from model.transformer import EmbeddingTables, Network
 from tests.model.adapters import another_dreamo, lora_files, plain_lora
 from tests.model.drawing import begun, drawn, off

@@ -19,7 +19,7 @@ from model.compilation import compiled, fingerprint, keep_graphs
 from model.errors import WeightsError
 from model.network import fused
 from model.pipeline import Pipeline
-from model.preprocess import load_tools
+from model.preprocessors.prepare import load_tools
 from model.sampling import Denoising, Guidance, Sampler
 from model.schedule import sigmas
 from model.transformer import Network, embed, run, site_of, split_vectors

@@ -15,7 +15,7 @@ import torch
 from model.losses import TimestepLaw, token_mask
 from model.packing import ReferenceTokens
 from model.positions import Grid
-from model.preprocess import to_tensor_range
+from model.preprocessors.prepare import to_tensor_range
 from model.routing import ReferenceKey
 from model.vae import LatentCodec
 from workers.training.datasets.prompts import without_placeholders

@@ -8,7 +8,7 @@ from functools import cache
 import cv2
 import numpy as np
 
-from model.preprocess import resize_area
+from model.preprocessors.prepare import resize_area
 from workers.training.records import Pixels, Record, RecordReference
 
 Size = tuple[int, int]

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from model.preprocess import to_tensor_range
+from model.preprocessors.prepare import to_tensor_range
 from model.roles import ADDED_TOKENS
 from model.text import PromptEmbeds, PromptEncoder
 from model.vae import LatentCodec

@@ -19,7 +19,7 @@ from PIL import Image
 from model.checkpoints import ModelSource
 from model.errors import UnusableReferenceError
 from model.pipeline import Pipeline, PreparedReference, load_pipeline
-from model.preprocess import Tools
+from model.preprocessors.prepare import Tools
 from model.requests import Reference
 from model.roles import Role
 from tests.model.portrait import draw_portrait

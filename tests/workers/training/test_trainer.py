@@ -15,7 +15,7 @@ import torch
 
 from model.checkpoints import LoadedModel, ModelSource, load_model, load_plain
 from model.pipeline import Pipeline, PreparedReference
-from model.preprocess import load_tools
+from model.preprocessors.prepare import load_tools
 from model.requests import ImageRequest
 from model.roles import Role
 from model.transformer import EmbeddingTables

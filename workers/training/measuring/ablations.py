@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from model.checkpoints import LoadedModel
 from model.errors import ModelError
 from model.pipeline import Pipeline
-from model.preprocess import load_tools
+from model.preprocessors.prepare import load_tools
 from model.roles import ADDED_TOKENS
 from workers.training.measuring.attending import peaks_inside
 from workers.training.measuring.evaluate import TABLES, pictures

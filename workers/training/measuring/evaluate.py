@@ -22,7 +22,7 @@ from rich.progress import track
 
 from model.errors import ModelError
 from model.pipeline import Pipeline, PreparedReference
-from model.preprocess import to_tensor_range
+from model.preprocessors.prepare import to_tensor_range
 from model.requests import ImageRequest
 from workers.inference.worker import load_pipeline
 from workers.settings import WorkerSettings

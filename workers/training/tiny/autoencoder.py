@@ -24,7 +24,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.preprocess import to_tensor_range
+from model.preprocessors.prepare import to_tensor_range
 from workers.training.stickerworld.settings import Settings
 from workers.training.stickerworld.world import sample
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.fabricate import Shape, write_model
 from model.pipeline import Pipeline
-from model.preprocess import load_tools
+from model.preprocessors.prepare import load_tools
 from model.spec import SPEC_FILE
 from workers.training.measuring.ablations import (
     COLUMNS,

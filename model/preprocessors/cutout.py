@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.networks import imagenet_input, load_network, optional_attribute, safetensors_file
+from model.preprocessors.networks import imagenet_input, load_network, optional_attribute, safetensors_file
 
 Pixels = NDArray[np.uint8]
 

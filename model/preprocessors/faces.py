@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.cutout import Pixels, separate
-from model.networks import imagenet_input, load_network, optional_attribute, safetensors_file
+from model.preprocessors.cutout import Pixels, separate
+from model.preprocessors.networks import imagenet_input, load_network, optional_attribute, safetensors_file
 
 Landmarks = NDArray[np.float32]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from model.errors import WeightsError
-from model.faces import (
+from model.preprocessors.faces import (
     DROPPED_LABELS,
     FACE_TEMPLATE,
     OUTSIDE,
@@ -28,7 +28,7 @@ from model.faces import (
     nearest_to_centre,
     whiten,
 )
-from model.networks import imagenet_input
+from model.preprocessors.networks import imagenet_input
 from tests.model.portrait import draw_portrait
 from tests.model.preparation import overlap, recorded_meta, recorded_tensor
 

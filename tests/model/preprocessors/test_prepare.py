@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from model.cutout import GrabCut
 from model.errors import UnusableReferenceError, WeightsError
-from model.faces import Landmarks, OpenCvFaces, align_face
-from model.preprocess import (
+from model.preprocessors.cutout import GrabCut
+from model.preprocessors.faces import Landmarks, OpenCvFaces, align_face
+from model.preprocessors.prepare import (
     Tools,
     area_size,
     load_tools,

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.cutout import Ben2, Cutout, GrabCut, Pixels
 from model.errors import UnusableReferenceError, WeightsError
-from model.faces import FACE_SIDE, Faces, FacexlibFaces, OpenCvFaces, align_face, face_transform
+from model.preprocessors.cutout import Ben2, Cutout, GrabCut, Pixels
+from model.preprocessors.faces import FACE_SIDE, Faces, FacexlibFaces, OpenCvFaces, align_face, face_transform
 from model.requests import Reference
 from model.roles import RULES
 

@@ -17,9 +17,9 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from model.cutout import Ben2, GrabCut, alpha_from_map, ben2_input, plain_background
 from model.errors import WeightsError
-from model.preprocess import on_white
+from model.preprocessors.cutout import Ben2, GrabCut, alpha_from_map, ben2_input, plain_background
+from model.preprocessors.prepare import on_white
 from tests.model.preparation import overlap, recorded_tensor
 
 Pixels = NDArray[np.uint8]
