@@ -43,15 +43,26 @@ def test_more_recordings(name: str, version: Version, turbo: bool) -> None:
     assert worst(read_recording(MORE / f"{name}.safetensors"), Assets(HERE, version, turbo)) <= TOLERANCE
 
 
-def test_bfloat16_is_exact() -> None:
-    """Three references with placeholders in bfloat16: latents equal the released pipeline's bit for bit."""
-    assert worst(read_recording(MORE / "three_references_bfloat16.safetensors")) == 0
-
-
 def altered(name: str, **meta: object) -> Recording:
     """A recording whose parameters say something else than what was run."""
     recording = read_recording(HERE / f"{name}.safetensors")
     return Recording(recording.path, recording.tensors, {"meta": json.dumps(recording.meta | meta)})
+
+
+def drift(recording: Recording) -> float:
+    """The worst relative distance of any tensor."""
+    return max(row.relative for row in check(recording, Assets(HERE)))
+
+
+def test_bfloat16_stays_with_the_release() -> None:
+    """Three references with placeholders in bfloat16, four steps: as near as two CPUs are; another VAE draw is not.
+
+    CPUs add up a product of bfloat16 matrices in different orders: on the recording's kind the latents are equal bit
+    for bit, on another, under four instruction sets, .005 of their norm away after the last step. That each rounding
+    is the release's is tests/model/test_transformer.py's, on whatever CPU it runs.
+    """
+    assert drift(read_recording(MORE / "three_references_bfloat16.safetensors")) < 1e-2
+    assert drift(altered("more/three_references_bfloat16", global_rng_seed=1)) > 2e-2
 
 
 @pytest.mark.parametrize(
