@@ -142,15 +142,23 @@ class AsyncClient:
                     return call.read(response)
             await anyio.sleep(pause)
 
-    async def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[Event]:
+    def events(self, job_id: str, after: str | None = None) -> AsyncGenerator[Event]:
         """As `Client.events`; close it (`contextlib.aclosing`) if you leave before its end."""
+        return self.follow(calls.events_path(job_id), after)
+
+    def training_events(self, training_id: str, after: str | None = None) -> AsyncGenerator[Event]:
+        """As `Client.training_events`, and `events`."""
+        return self.follow(calls.training_events_path(training_id), after)
+
+    async def follow(self, path: str, after: str | None) -> AsyncGenerator[Event]:
+        """As `Client.follow`."""
         following, request_id = Following(self._retry_for, after), fresh_id()
         while not following.over:
             broken: httpx2.RequestError | None = None
             try:
                 async with self._http.stream(
                     "GET",
-                    calls.events_path(job_id),
+                    path,
                     headers=following.headers() | {calls.REQUEST_ID: request_id},
                     timeout=streaming(self._timeout),
                 ) as response:
@@ -249,6 +257,10 @@ class AsyncTraining(TrainingState):
                 await anyio.sleep(waiting.pause_s())
         judged(training)
         return training
+
+    def events(self, after: str | None = None) -> AsyncGenerator[Event]:
+        """As `AsyncClient.training_events`."""
+        return self.client.training_events(self.id, after)
 
     async def cancel(self) -> AsyncTraining:
         """As `Training.cancel`."""

@@ -166,13 +166,21 @@ class Client:
         Args:
             after: id of the last event that is known.
         """
+        return self.follow(calls.events_path(job_id), after)
+
+    def training_events(self, training_id: str, after: str | None = None) -> Generator[Event]:
+        """What happens to a training; as `events`."""
+        return self.follow(calls.training_events_path(training_id), after)
+
+    def follow(self, path: str, after: str | None) -> Generator[Event]:
+        """The events that a path tells, as `events`."""
         following, request_id = Following(self._retry_for, after), fresh_id()
         while not following.over:
             broken: httpx2.RequestError | None = None
             try:
                 with self._http.stream(
                     "GET",
-                    calls.events_path(job_id),
+                    path,
                     headers=following.headers() | {calls.REQUEST_ID: request_id},
                     timeout=streaming(self._timeout),
                 ) as response:
@@ -286,6 +294,10 @@ class Training(TrainingState):
                 time.sleep(waiting.pause_s())
         judged(training)
         return training
+
+    def events(self, after: str | None = None) -> Generator[Event]:
+        """As `Client.training_events`."""
+        return self.client.training_events(self.id, after)
 
     def cancel(self) -> Training:
         """At once while it is queued, after its step while it runs."""

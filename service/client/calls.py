@@ -153,6 +153,10 @@ def events_path(job_id: str) -> str:
     return _path("jobs", job_id, "events")
 
 
+def training_events_path(training_id: str) -> str:
+    return _path("trainings", training_id, "events")
+
+
 def image(job_id: str, index: int, sha256: str) -> Call[bytes]:
     """The picture's file, which has this digest."""
 

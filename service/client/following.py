@@ -1,4 +1,4 @@
-"""A job's events over connections that may drop: where to go on, and when to come back. Reads and sends nothing."""
+"""Events over connections that may drop: where to go on, and when to come back. Reads and sends nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from service.client.values import Event
 SILENCE_S: Final = 30.0
 """A stream that says nothing for so long has been lost: the service says something every ten seconds."""
 CALM_S: Final = 10.0
-"""A connection that lasted so long was a good one, even if nothing happened to the job meanwhile."""
+"""A connection that lasted so long was a good one, even if nothing happened meanwhile."""
 RETURN_S: Final = 1.0
 
 
 class Following:
-    """One follower of one job.
+    """One follower of one job or training.
 
     Attributes:
         after: id of the last event that was told.

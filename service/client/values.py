@@ -218,9 +218,9 @@ class AdapterList:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to a job.
+    """Something that happened to a job or a training.
 
-    `kind` is `status`, `progress`, `preview` or, when some are no longer kept, `reset`, whose data is the whole job.
+    `kind` is `status`, `progress`, `preview` (of jobs) or `reset` when some are no longer kept; its data is all of it.
     """
 
     id: str

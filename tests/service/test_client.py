@@ -18,7 +18,7 @@ from service.client.calls import PAGE
 from tests.service.awaited import Connect
 from tests.service.conftest import SPEC, Bench, Open, picture
 from tests.service.gates import Gate
-from workers.jobs import Progress
+from workers.jobs import JobError, Progress, TrainingProgress
 from workers.registry import MAIN
 
 WEBHOOK_SECRET = "whsec_" + "A" * 32
@@ -176,6 +176,20 @@ def test_trainings(client: Any) -> None:
     assert [entry.id for entry in client.trainings("canceled")] == [training.id]
     with pytest.raises(JobFailedError):
         training.refresh().wait()
+
+
+def test_following_a_training(client: Any, bench: Bench) -> None:
+    """Its states and steps in order, up to the end; from any of them on."""
+    training = client.train("sticker-adapter", adapter="toys")
+    token = bench.trainings.claim(training.id, "w")
+    assert token is not None
+    bench.trainings.beat(training.id, token, TrainingProgress("warm-up", 40, 420, {"flow": 0.5}, 16.0, 0.5))
+    bench.trainings.fail(training.id, token, JobError("training_failed", "It broke."))
+    told = list(training.events())
+    assert [event.kind for event in told] == ["status", "status", "progress", "status"]
+    assert (told[2].data["step"], told[-1].data["status"], told[-1].ends) == (40, "failed", True)
+    assert list(training.events(after=told[1].id)) == list(client.training_events(training.id, told[1].id)) == told[2:]
+    assert list(training.events(after=told[-1].id)) == []
 
 
 def test_following_a_job(client: Any, bench: Bench) -> None:
