@@ -1,4 +1,4 @@
-"""What a request says beside its body: idempotency, patience, a deadline, a trace; and that it says each thing once."""
+"""What a request says beside its body: idempotency, patience, a deadline, a trace; once each, numbers in digits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 
 from service.problems import Fault, Problem
@@ -17,6 +19,7 @@ MAX_WAIT_S = 60
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?([0-9]{1,9})\"?(?:$|[,;\s])", re.IGNORECASE)
 _DURATION = re.compile(r"([0-9]{1,6})([smh]?)")
 _TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_DIGITS = re.compile(r"-?[0-9]+")
 _NAME = re.compile(r"[a-z_]{1,64}")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -94,3 +97,13 @@ async def _each_once(request: Request) -> None:
 
 EACH_ONCE = Depends(_each_once)
 """Of a route with parameters: 422 for one that is given twice, of which others may read the first and we the last."""
+
+
+def _in_digits(value: object) -> object:
+    if isinstance(value, str) and not _DIGITS.fullmatch(value):
+        raise PydanticCustomError("int_parsing", "Write a whole number in digits.")
+    return value
+
+
+IN_DIGITS = BeforeValidator(_in_digits)
+"""Of a number in a path or a query. pydantic alone also reads `1.0`, `1_0`, `+1` and ` 1`, as others may not."""

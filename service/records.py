@@ -12,6 +12,7 @@ from fastapi import Depends, Path, Query, Response, status
 from redis.exceptions import RedisError
 
 from service.callers.limits import WINDOWS_S, drain_rate
+from service.headers import IN_DIGITS
 from service.problems import Fault, Problem
 from service.schemas import JobErrorView, QueueView
 from workers import queues
@@ -29,7 +30,7 @@ class PageQuery:
 
     status: Annotated[JobStatus | None, Query(description="Only those in this state.")] = None
     cursor: Annotated[str | None, Query(max_length=256, description="`next_cursor` of the page before.")] = None
-    limit: Annotated[int, Query(ge=1, le=100)] = 20
+    limit: Annotated[int, Query(ge=1, le=100), IN_DIGITS] = 20
 
     def read(self, ledger: Ledger[JobT, ProgressT, ResultT], tenant: str) -> Page[JobT, ProgressT, ResultT]:
         """The tenant's records, newest first, and the cursor of the next page.

@@ -14,13 +14,14 @@ from fastapi import APIRouter, Depends, Path, Request, Response, status
 
 from service.callers.auth import TenantDependency, tenant_of
 from service.gateway import GatewayDependency
+from service.headers import IN_DIGITS
 from service.openapi import problems
 from service.problems import Problem
 from service.records import RecordId, found
 
 router = APIRouter(dependencies=[Depends(tenant_of)], responses=problems(401))
 
-ImageIndex = Annotated[int, Path(ge=0, le=99, description="Counted from 0.")]
+ImageIndex = Annotated[int, Path(ge=0, le=99, description="Counted from 0."), IN_DIGITS]
 
 _RANGE = re.compile(r"bytes *= *([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 _PICTURE: dict[str, Any] = {

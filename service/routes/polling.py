@@ -13,13 +13,15 @@ from fastapi.routing import APIRoute
 from service.callers.auth import TenantDependency, tenant_of
 from service.callers.places import RETRY_AFTER_S
 from service.gateway import Gateway, GatewayDependency
-from service.headers import EACH_ONCE, MAX_WAIT_S, names
+from service.headers import EACH_ONCE, IN_DIGITS, MAX_WAIT_S, names
 from service.openapi import problems
 from service.reading import SeenJob
 from service.records import RECORD_ID, RecordId
 from service.schemas import JobBody
 from service.views import job_body, job_etag
 from workers.jobs import CustomizeRecord
+
+Wait = Annotated[int, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for its end; see below."), IN_DIGITS]
 
 _ID = re.compile(RECORD_ID)
 
@@ -48,7 +50,7 @@ async def get_job(
     tenant: TenantDependency,
     id: RecordId,
     request: Request,
-    wait: Annotated[int, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for its end; see below.")] = 0,
+    wait: Wait = 0,
 ) -> Response:
     """With `wait`, the answer comes when the job has ended; with If-None-Match too, when anything happens to it.
 

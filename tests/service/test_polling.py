@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import redis
@@ -95,3 +96,18 @@ def test_a_parameter_given_twice_is_refused(keyed: TestClient, redis_server: Red
     twice = keyed.get(path.format(job=job), headers=headers)
     assert (twice.status_code, twice.json()["code"]) == (422, "invalid_value")
     assert keyed.get(path.format(job=job).rpartition("&")[0], headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("number", ["0.0", "0_0", "+0", " 0", "0 ", "٠"])
+def test_a_number_is_written_in_digits(bench: Bench, number: str) -> None:
+    """What a proxy or another library may read as another number, or as none, is refused; the control is answered."""
+    job = bench.submit()["id"]
+    bench.finish(job, picture())
+    for path in (f"/v1/jobs/{job}?wait=", "/v1/jobs?status=queued&limit=1"):
+        told = bench.client.get(path + quote(number))
+        (fault,) = told.json()["errors"]
+        assert (told.status_code, fault["code"]) == (422, "invalid_value")
+        assert fault["pointer"] == "?" + path.rpartition("=")[0].rpartition("?")[2].rpartition("&")[2]
+        assert bench.client.get(path + "0").status_code == 200
+    assert bench.client.get(f"/v1/jobs/{job}/images/{quote(number)}").status_code == 404
+    assert bench.client.get(f"/v1/jobs/{job}/images/0").status_code == 200
