@@ -49,11 +49,11 @@ faults: $(VENV)/dev.stamp ## 10,000 jobs while workers and Redis are killed and 
 	$(BIN)/python -m tests.faults --jobs 10000 --kills 200 --redis-kills 20 --stops 25 --drills 100 --controls 100
 	$(BIN)/python -m tests.faults --jobs 0 --cancels 500 --leaves 100 --shared 300 --flood 1000
 
-fuzz: $(VENV)/dev.stamp ## hostile pictures, slow sockets, lost replies and 100,000 cases of the contract (an hour)
+fuzz: $(VENV)/dev.stamp ## hostile pictures, slow sockets, lost replies and 100,000 cases of the contract (an hour and a half)
 	$(BIN)/python -m tests.fuzz pictures --rounds 12
 	$(BIN)/python -m tests.fuzz sockets --sockets 1000
 	$(BIN)/python -m tests.fuzz lost-replies --number 10000
-	$(BIN)/python -m tests.fuzz contract --examples 2500
+	$(BIN)/python -m tests.fuzz contract --examples 3800 --processes 2
 
 bench: $(VENV)/dev.stamp ## measure; rows go to tests/benchmarks/results
 	$(BIN)/python -m tests.benchmarks

@@ -3,7 +3,7 @@
 python -m tests.fuzz pictures --seed 1 --rounds 12
 python -m tests.fuzz sockets --sockets 1000 --requests 200
 python -m tests.fuzz lost-replies --number 10000
-python -m tests.fuzz contract --examples 500
+python -m tests.fuzz contract --examples 500 --processes 2
 """
 
 from __future__ import annotations

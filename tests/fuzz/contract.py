@@ -1,6 +1,6 @@
 """schemathesis against a real gateway: whatever fits the OpenAPI document, or just does not.
 
-    python -m tests.fuzz contract --examples 500 --seed 1
+    python -m tests.fuzz contract --examples 500 --seed 1 --processes 2
 
 Cases are drawn from docs/openapi.json, valid and invalid, one by one and as sequences that use what earlier answers
 gave (a job's id in the next request). Each answer is held against the document: no server error, status and media
@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -72,11 +73,16 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--examples", type=int, default=100, help="of each operation, and sequences")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="side by side, by seeds that follow, each so many")
     asked = parser.parse_args(arguments)
-    fuzzed = run_contract(asked.examples, asked.seed)
-    print(fuzzed.said)
-    print(f"{fuzzed.cases} cases, {'failures, see above' if fuzzed.failures else '0 failures'}")
-    return fuzzed.failures
+    seeds = range(asked.seed, asked.seed + asked.processes)
+    with ThreadPoolExecutor(asked.processes) as pool:
+        runs = list(pool.map(lambda seed: run_contract(asked.examples, seed), seeds))
+    for fuzzed in runs:
+        print(fuzzed.said)
+    failed = sum(fuzzed.failures for fuzzed in runs)
+    print(f"{sum(fuzzed.cases for fuzzed in runs)} cases, {'failures, see above' if failed else '0 failures'}")
+    return 1 if failed else 0
 
 
 def _cases(report: dict[str, Any]) -> int:
