@@ -16,13 +16,14 @@ TOLERANCE = 1e-4
 HERE = Path(__file__).parent / "assets"
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
     parser.add_argument("--assets", type=Path, default=HERE, help="directory with tiny_flux/ and lora/")
     parser.add_argument("--version", choices=["v1", "v1.1"], default="v1.1")
     parser.add_argument("--no-turbo", action="store_true")
     parser.add_argument("files", type=Path, nargs="*", help="recordings; all of the assets when none is named")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     assets = Assets(args.assets, args.version, turbo=not args.no_turbo)
     worst = 0.0
     for path in args.files or sorted(args.assets.glob("*.safetensors")):
@@ -39,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from model.adapters import Version
 from model.checkpoints import load_transformer
-from tests.golden.__main__ import HERE, TOLERANCE
+from tests.golden.__main__ import HERE, TOLERANCE, main
 from tests.golden.recording import Assets, Recording, check, read_recording
 
 RECORDINGS = sorted(HERE.glob("*.safetensors"))
@@ -95,28 +95,18 @@ def test_another_stack_shows(version: Version, turbo: bool) -> None:
     assert worst(recording, Assets(HERE, version, turbo)) > 1e-2
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tests.golden", *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command prints rows and `worst=…`, exits 0 when all is well, 1 above the tolerance, 2 on a bad file."""
-    good = run("--assets", str(HERE), str(HERE / "case_a_norefs.safetensors"))
-    assert good.returncode == 0, good.stderr
-    assert good.stdout.splitlines()[-1].startswith("worst=")
+    command = [sys.executable, "-m", "tests.golden", str(tmp_path / "missing.safetensors")]
+    assert subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == 2
+    assert main(["--assets", str(HERE), str(HERE / "case_a_norefs.safetensors")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("worst=")
     recording = read_recording(HERE / "fused_v1.1_turbo.safetensors")
     tensors = dict(recording.tensors)
     tensors["proj_out.weight"] = tensors["proj_out.weight"] + 1e-3
     save_file(tensors, tmp_path / "bad.safetensors")
-    assert run("--assets", str(HERE), str(tmp_path / "bad.safetensors")).returncode == 1
-    assert run("--assets", str(tmp_path), str(HERE / "case_a_norefs.safetensors")).returncode == 2
-    assert run(str(tmp_path / "missing.safetensors")).returncode == 2
+    assert main(["--assets", str(HERE), str(tmp_path / "bad.safetensors")]) == 1
+    assert main(["--assets", str(tmp_path), str(HERE / "case_a_norefs.safetensors")]) == 2
 
 
 def test_bfloat16_fusing_is_exact() -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,17 @@ def test_kernels_in_the_interpreter() -> None:
     """All of them pass, none is skipped, and every file of the folder takes part."""
     pytest.importorskip("triton")
     files = sorted(str(file.relative_to(ROOT)) for file in FOLDER.glob("test_*.py"))
-    run = subprocess.run(
-        # One file after the other as arguments: a file that collects nothing is then an error.
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rA", "-p", "no:cacheprovider", *files],
+    assert len(files) > 1
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for file, run in zip(files, pool.map(_interpret, files), strict=True):
+            assert run.returncode == 0, run.stdout[-20_000:]
+            assert not re.search(r"\d+ skipped", run.stdout), run.stdout[-20_000:]
+            assert f"PASSED {file}::" in run.stdout, f"{file} has no test marked gpu"
+
+
+def _interpret(file: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rA", "-p", "no:cacheprovider", file],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
@@ -33,7 +42,3 @@ def test_kernels_in_the_interpreter() -> None:
         text=True,
         check=False,
     )
-    assert run.returncode == 0, run.stdout[-20_000:]
-    assert not re.search(r"\d+ skipped", run.stdout), run.stdout[-20_000:]
-    for file in files:
-        assert f"PASSED {file}::" in run.stdout, f"{file} has no test marked gpu"
