@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -95,7 +96,14 @@ def run_gateway(application: FastAPI, host: str, port: int, fd: int | None) -> N
 
 
 class _Server(uvicorn.Server):
-    """Asked to end, it lets who waits or listens go, and answers on until others have noticed."""
+    """Before its first answer it does what would stop all of them; asked to end, it answers on until others know."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if isinstance(self.config.app, FastAPI):
+            self.config.app.openapi()  # writes the document, which stands still for a tenth of a second
+        gc.collect()
+        gc.freeze()  # what was imported stays: looking through it for garbage stands still as long, again and again
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
