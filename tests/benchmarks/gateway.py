@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from typing import Any, cast
 
+import psutil
+
 from tests.benchmarks.measure import Figure, figure, interleaved, ratios
 from tests.benchmarks.traffic.load import Burst, asked, paced, repeated, request
 from tests.benchmarks.traffic.pictures import data_url, distinct
@@ -79,19 +81,28 @@ def reads(both: Bench, rounds: int, device: str) -> list[Figure]:
 def under_attack(both: Bench, rounds: int) -> list[Figure]:
     """Valid requests at a fixed rate, without and with everything that the fuzzers know."""
     waits: dict[str, list[float]] = {}
-    answered: dict[str, Any] = {}
-    for _ in range(max(1, rounds // 2)):
+    details: dict[str, dict[str, Any]] = {"alone": {"seconds stolen": []}, "under attack": {"seconds stolen": []}}
+
+    def window(name: str) -> None:
+        before = _stolen()
         for what, seconds in _waits(paced(both.ours, traffic(both), RATE, SECONDS)):
-            waits.setdefault(f"alone: {what}", []).append(seconds)
+            waits.setdefault(f"{name}: {what}", []).append(seconds)
+        details[name]["seconds stolen"].append(round(_stolen() - before, 2))
+
+    for _ in range(max(1, rounds // 2)):
+        window("alone")
         with attacks(both, SLOW_SOCKETS, ATTACKS_PER_S) as answers:
-            for what, seconds in _waits(paced(both.ours, traffic(both), RATE, SECONDS)):
-                waits.setdefault(f"under attack: {what}", []).append(seconds)
-        answered = answers
+            window("under attack")
+        details["under attack"] |= answers
     what = f"{RATE:.0f} valid requests a second"
     return [
-        figure(f"{what}, {name}", "ms", values, **(answered if name.startswith("under") else {}))
-        for name, values in waits.items()
+        figure(f"{what}, {name}", "ms", values, **details[name.partition(":")[0]]) for name, values in waits.items()
     ]
+
+
+def _stolen() -> float:
+    """Seconds that both cores were ready to work and the machine's host let others: the callers wait for those too."""
+    return getattr(psutil.cpu_times(), "steal", 0.0)
 
 
 def compared(what: str, bursts: Mapping[str, Burst], rounds: int, device: str) -> list[Figure]:
