@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
 from service.gateway import open_gateway
+from service.headers import REMEDIES
 from service.openapi import install_openapi
 from service.problems import (
     TABLE,
@@ -104,7 +105,7 @@ def _answer_validation(request: Request, error: RequestValidationError) -> JSONR
             return answer_problem(request, Problem("not_found"))
         name = ".".join(str(name) for name in names)
         pointer = f"{name.title()}:" if place == "header" else f"?{name}"
-        faults.append(Fault(pointer, "invalid_value", item["msg"] + "."))
+        faults.append(Fault(pointer, "invalid_value", REMEDIES.get(pointer, f"{item['msg']}.")))
     return answer_problem(request, Problem.of_faults(faults))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,6 +22,12 @@ _DURATION = re.compile(r"([0-9]{1,6})([smh]?)")
 _TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _DIGITS = re.compile(r"-?[0-9]+")
 _NAME = re.compile(r"[a-z_]{1,64}")
+_SINGLE = ("Idempotency-Key", "Cancel-After")
+REMEDIES = {
+    "Idempotency-Key:": "Use 1 to 255 visible ASCII characters.",
+    "Cancel-After:": "Write a time from now on, as 30s, 5m or 1h.",
+}
+"""By the pointer of a header, what to do where it does not have its pattern."""
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -48,7 +55,7 @@ class JobHeaders(SubmitHeaders):
     """Those of a job."""
 
     prefer: Annotated[
-        str | None,
+        list[str] | None,
         Header(description="`wait=20` (RFC 7240): up to so many seconds, 60 at most, for the finished job as a 200."),
     ] = None
     cancel_after: Annotated[
@@ -62,7 +69,7 @@ class JobHeaders(SubmitHeaders):
     @property
     def wait_s(self) -> int:
         """How long the caller likes to wait; 0: not at all. A preference that is none is ignored, as RFC 7240 wants."""
-        match = _WAIT.search(self.prefer or "")
+        match = _WAIT.search(", ".join(self.prefer or ()))
         return min(MAX_WAIT_S, int(match[1])) if match else 0
 
     @property
@@ -82,26 +89,39 @@ def checked_traceparent(headers: Headers) -> str | None:
     return given if _TRACE.fullmatch(given) else None
 
 
-def names(if_none_match: str, etag: str) -> bool:
-    """Whether `If-None-Match` names this tag (RFC 9110 §13.1.2, weak comparison)."""
-    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
-    return "*" in tags or etag.removeprefix("W/") in tags
+def known_tags(headers: Headers) -> list[str]:
+    """What `If-None-Match` says, in one line or several; nothing if there is none."""
+    return [tag.strip() for line in headers.getlist("if-none-match") for tag in line.split(",")]
+
+
+def names(tags: Sequence[str], etag: str) -> bool:
+    """Whether they name this one (RFC 9110 §13.1.2, weak comparison)."""
+    return "*" in tags or etag.removeprefix("W/") in [tag.removeprefix("W/") for tag in tags]
 
 
 async def _each_once(request: Request) -> None:
-    query = request.query_params
-    repeated = sorted(name for name in query if len(query.getlist(name)) > 1 and _NAME.fullmatch(name))
-    if repeated:
-        raise Problem.of_faults([Fault(f"?{name}", "invalid_value", "Give this parameter once.") for name in repeated])
+    query, headers = request.query_params, request.headers
+    faults = [
+        Fault(f"?{name}", "invalid_value", "Give this parameter once.")
+        for name in sorted(query)
+        if len(query.getlist(name)) > 1 and _NAME.fullmatch(name)
+    ]
+    faults += [
+        Fault(f"{name}:", "invalid_value", "Give this header once.")
+        for name in _SINGLE
+        if len(headers.getlist(name)) > 1
+    ]
+    if faults:
+        raise Problem.of_faults(faults)
 
 
 EACH_ONCE = Depends(_each_once)
-"""Of a route with parameters: 422 for one that is given twice, of which others may read the first and we the last."""
+"""Of a route with parameters: 422 for what is given twice, of which others may read the first and we the last."""
 
 
 def _in_digits(value: object) -> object:
     if isinstance(value, str) and not _DIGITS.fullmatch(value):
-        raise PydanticCustomError("int_parsing", "Write a whole number in digits.")
+        raise PydanticCustomError("int_parsing", "Write a whole number in digits")
     return value
 
 

@@ -22,6 +22,7 @@ _PREFIXES = {
     "data:image/webp;base64,": "webp",
 }
 _NO_DATA_URL = "Send a data URL: data:image/png;base64, (or jpeg, webp) and strict base64 with padding."
+_NO_URL = "Send an https URL, the id of an uploaded reference, or a data URL."
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def _decode_url(url: str, max_bytes: int) -> tuple[bytes, str]:
     if declared is None:
         if url[:11].lower() == "data:image/" and ";base64," in url[:64].lower():
             raise _RefusedError("image_unsupported", "Only image/png, image/jpeg and image/webp are read.")
-        raise _RefusedError("image_url_invalid", _NO_DATA_URL)
+        raise _RefusedError("image_url_invalid", _NO_DATA_URL if url[:5].lower() == "data:" else _NO_URL)
     if len(url) - comma > (max_bytes + 2) // 3 * 4:
         raise _RefusedError("image_too_large", f"More than {max_bytes} bytes: scale it down.")
     try:

@@ -22,10 +22,15 @@ NOT_ENABLED = {
 }
 """Fields of the contract that this version refuses by name rather than as unknown."""
 
-_FAULT_CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
+_FAULT_CODES = {
+    "missing": "missing_field",
+    "extra_forbidden": "unknown_field",
+    "seed_out_of_range": "seed_out_of_range",
+}
 _DETAILS = {
     "missing": "This field is required.",
     "extra_forbidden": "There is no such field: check its spelling.",
+    "model_type": "Send an object: fields in { }.",
 }
 
 

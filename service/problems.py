@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 MEDIA_TYPE = "application/problem+json"
 MAX_FAULTS = 20
@@ -39,7 +40,7 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
         "malformed_json": ProblemType(
             400,
             "Not JSON",
-            "The body is not JSON as RFC 8259 has it: finite numbers, valid Unicode, an object at the top.",
+            "The body is not JSON as RFC 8259 has it: finite numbers, valid Unicode.",
         ),
         "json_too_complex": ProblemType(
             400, "JSON too complex", "The body is nested deeper than 32 levels or holds far too many values."
@@ -64,10 +65,14 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
             409, "Job not finished", "Only what has ended can be deleted: cancel it, wait for its end, then delete it."
         ),
         "job_gone": ProblemType(
-            410, "Job gone", "It was deleted, or its record has expired: submit it again if you need it."
+            410,
+            "Job gone",
+            "It was deleted, or its record has expired: to have it again, submit it with a new Idempotency-Key.",
         ),
         "artifact_missing": ProblemType(
-            410, "Picture gone", "The picture's file is no longer there: submit the job again."
+            410,
+            "Picture gone",
+            "The picture's file is no longer there: submit the job again with a new Idempotency-Key.",
         ),
         "payload_too_large": ProblemType(
             413, "Body too large", "The body exceeds the byte limit: send fewer or smaller references."
@@ -130,7 +135,9 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
             "Reference unknown", "No uploaded reference has this id, or none any more: upload the picture again."
         ),
         "image_url_invalid": _meaning(
-            "Not a data URL", "Write `data:image/png;base64,` (or jpeg, webp) and strict base64 with padding."
+            "No picture named",
+            "Write `data:image/png;base64,` (or jpeg, webp) and strict base64 with padding, the id of an uploaded "
+            "reference, or, but for masks, an https URL.",
         ),
         "image_type_mismatch": _meaning(
             "Declared type differs", "The picture's content is not what its data URL declares."
@@ -203,6 +210,7 @@ RETRY_AFTER_S = 2
 """Told to callers when Redis or the disk is away: both usually come back within seconds."""
 
 _BY_STATUS = {404: "not_found", 405: "method_not_allowed"}
+_METHODS = ("DELETE", "GET", "HEAD", "POST")
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,5 +295,15 @@ def answer_http(request: Request, error: HTTPException) -> JSONResponse:
     """Exception handler for what the framework itself refuses: unknown routes and methods."""
     code = _BY_STATUS.get(error.status_code, "internal")
     request.state.problem = code
-    details = ProblemDetails(code, TABLE[code].meaning, headers=dict(error.headers or {}))
+    headers = {"Allow": ", ".join(_allowed(request))} if error.status_code == 405 else dict(error.headers or {})
+    details = ProblemDetails(code, TABLE[code].meaning, headers=headers)
     return problem_response(details, request.state.request_id)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of all routes of this path; the framework names those of the first."""
+    routes = request.app.routes
+    scopes = {method: {**request.scope, "method": method} for method in _METHODS}
+    return [
+        method for method, scope in scopes.items() if any(route.matches(scope)[0] == Match.FULL for route in routes)
+    ]

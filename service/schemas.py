@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from model.roles import Role
 from workers.jobs import JobStatus, Outcome, Priority
@@ -18,6 +19,15 @@ WebhookEvent = Literal["status", "terminal"]
 
 # A plain string here: an unknown role gets its own code in `admission`, which knows the model's roles.
 RoleName = Annotated[str, WithJsonSchema({"type": "string", "enum": [role.value for role in Role]})]
+
+
+def _within_64_bits(value: object) -> object:
+    if isinstance(value, float) and abs(value) >= 2**63:  # what JSON's reader makes of longer integers
+        raise PydanticCustomError("seed_out_of_range", "Use an integer from 0 to 2**64 - 1, or leave it out")
+    return value
+
+
+Seed = Annotated[int, BeforeValidator(_within_64_bits)]
 
 
 class InputBody(BaseModel):
@@ -38,7 +48,9 @@ class ReferenceBody(InputBody):
         None, description="Side of the square whose area the picture has inside the model; more keeps more detail."
     )
     mask: str | None = Field(
-        None, description="As `image`, of the same size: what to keep (alpha, or else brightness)."
+        None,
+        description="Data URL or id of an uploaded reference, of the picture's size: what to keep (alpha, or else "
+        "brightness).",
     )
     on_no_face: Literal["fail", "subject"] = Field(
         "fail", description="Identity without a face: fail the job, or treat the picture as a subject."
@@ -85,7 +97,7 @@ class CustomizeRequest(InputBody):
     true_cfg_end: int | None = Field(None, description="First step after the true CFG window.")
     negative_prompt: str | None = None
     negative_guidance: float | None = Field(None, description="Distilled guidance of the negative pass.")
-    seed: int | None = Field(
+    seed: Seed | None = Field(
         None, description="0 to 2**64 - 1; default: random. Image n is drawn with seed + n (mod 2**64)."
     )
     num_images: int = 1

@@ -36,6 +36,7 @@ MAX_POLL_AFTER_S = 30
 
 @router.post(
     "/v1/customize",
+    dependencies=[EACH_ONCE],
     status_code=status.HTTP_202_ACCEPTED,
     responses={
         200: {"model": JobBody, "description": "Ended within the time that `Prefer: wait` names."},
@@ -150,11 +151,13 @@ def list_models(gateway: GatewayDependency) -> ModelList:
     return ModelList(models=[model_body(gateway.spec)], workers=queues.workers(gateway.redis, CUSTOMIZE))
 
 
+@open_router.head("/livez", include_in_schema=False)
 @open_router.get("/livez", responses=problems(), summary="The process answers")
 async def livez() -> Liveness:
     return Liveness()
 
 
+@open_router.head("/readyz", include_in_schema=False)
 @open_router.get("/readyz", responses=problems(503), summary="Jobs can be accepted")
 def readyz(gateway: GatewayDependency) -> Readiness:
     """Redis takes writes, the store has room, and the process is not about to end."""

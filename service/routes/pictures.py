@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Path, Request, Response, status
 
 from service.callers.auth import TenantDependency, tenant_of
 from service.gateway import GatewayDependency
-from service.headers import IN_DIGITS
+from service.headers import IN_DIGITS, known_tags, names
 from service.openapi import problems
 from service.problems import Problem
 from service.records import RecordId, found
@@ -65,7 +65,7 @@ def get_image(
         "Accept-Ranges": "bytes",
         "Content-Disposition": f'inline; filename="{id}-{index}.{record.job.output_format}"',
     }
-    if _names(request.headers.get("if-none-match", ""), etag):
+    if names(known_tags(request.headers), etag):
         return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=headers)
     data = gateway.store.read_picture(image.name, image.sha256)
     if request.method == "HEAD":
@@ -122,9 +122,3 @@ def _span_of(request: Request, etag: str, size: int) -> Span | None:
     if span.start >= size:
         raise Problem("range_not_satisfiable", headers={"Content-Range": f"bytes */{size}"})
     return span
-
-
-def _names(if_none_match: str, etag: str) -> bool:
-    """RFC 9110 §13.1.2, weak comparison."""
-    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
-    return "*" in tags or etag in tags

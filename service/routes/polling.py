@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from service.callers.auth import TenantDependency, tenant_of
 from service.callers.places import RETRY_AFTER_S
 from service.gateway import Gateway, GatewayDependency
-from service.headers import EACH_ONCE, IN_DIGITS, MAX_WAIT_S, names
+from service.headers import EACH_ONCE, IN_DIGITS, MAX_WAIT_S, known_tags, names
 from service.openapi import problems
 from service.reading import SeenJob
 from service.records import RECORD_ID, RecordId
@@ -98,15 +98,15 @@ async def awaited(
 
 
 async def _answer(request: Request, gateway: Gateway, job_id: str, tenant: str, wait: int) -> Response:
-    known = request.headers.get("if-none-match")
+    known = known_tags(request.headers)
 
     def enough(now: CustomizeRecord) -> bool:
-        return now.status.terminal or (known is not None and not names(known, job_etag(now)))
+        return now.status.terminal or (bool(known) and not names(known, job_etag(now)))
 
     first = await gateway.reader.read(job_id, tenant)
     waited = await awaited(gateway, first, wait, enough)
     seen = waited or first
     headers = {"ETag": job_etag(seen.record)} | ({} if waited else {"Retry-After": str(RETRY_AFTER_S)})
-    if known is not None and names(known, headers["ETag"]):
+    if names(known, headers["ETag"]):
         return Response(status_code=status.HTTP_304_NOT_MODIFIED, headers=headers)
     return Response(body_of(gateway, seen).model_dump_json(), headers=headers, media_type="application/json")

@@ -34,6 +34,7 @@ POLL_AFTER_S = 5
 
 @router.post(
     "/v1/trainings",
+    dependencies=[EACH_ONCE],
     status_code=status.HTTP_202_ACCEPTED,
     responses={202: accepted("training"), **problems(400, 408, 410, 413, 415, 422, 429, 503)},
     openapi_extra={"requestBody": TRAINING_BODY},

@@ -158,6 +158,30 @@ def test_wrong_method(bench: Bench) -> None:
     assert answer.headers["content-type"] == MEDIA_TYPE
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/jobs/job_x", "DELETE, GET"),
+        ("/v1/references/ref_x", "DELETE, GET"),
+        ("/v1/trainings", "GET, POST"),
+        ("/v1/jobs/job_x/images/0", "GET, HEAD"),
+        ("/livez", "GET, HEAD"),
+        ("/v1/jobs/job_x/cancel", "POST"),
+    ],
+)
+def test_allow_names_the_methods_of_every_route_of_a_path(bench: Bench, path: str, allowed: str) -> None:
+    """The framework would name those of the first route that has the path."""
+    answer = bench.client.patch(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
+def test_probes_may_ask_for_the_head_only(bench: Bench) -> None:
+    """Load balancers do; they get the status and no body."""
+    for path in ("/livez", "/readyz"):
+        answer = bench.client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_readiness_and_models_show_live_workers(bench: Bench) -> None:
     """A worker counts as ready when its card says so, and its card is shown as it is."""
     assert bench.client.get("/livez").json() == {"status": "live"}

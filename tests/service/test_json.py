@@ -68,6 +68,7 @@ def test_top_must_be_an_object(bench: Bench, raw: bytes) -> None:
     """Valid JSON of another shape is a type error of the whole body."""
     answer = bench.client.post("/v1/customize", content=raw, headers=JSON)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_type")
+    assert answer.json()["errors"][0]["detail"] == "Send an object: fields in { }."
     assert answer.json()["errors"][0]["pointer"] == ""
 
 

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rq import Queue
+from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.headers import JobHeaders, names
+from service.headers import JobHeaders, known_tags, names
 from tests.service.conftest import Bench, picture, settings
 from tests.waiting import wait_for
 from workers.jobs import JobStatus, Webhook
@@ -86,6 +87,7 @@ def test_a_replay_of_a_deleted_job_is_gone(bench: Bench) -> None:
     assert bench.client.delete(f"/v1/jobs/{job}").status_code == 204
     answer = post(bench, "k")
     assert (answer.status_code, answer.json()["code"]) == (410, "job_gone")
+    assert "new Idempotency-Key" in answer.json()["detail"]  # with the old one it is gone for a day
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256])
@@ -94,6 +96,17 @@ def test_a_key_is_a_word(bench: Bench, key: str) -> None:
     answer = post(bench, key)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_value")
     assert answer.json()["errors"][0]["pointer"] == "Idempotency-Key:"
+    assert "visible ASCII" in answer.json()["errors"][0]["detail"]
+
+
+@pytest.mark.parametrize("path", ["/v1/customize", "/v1/trainings"])
+def test_a_header_that_is_given_twice_is_refused(bench: Bench, path: str) -> None:
+    """A proxy may read the first and we the last: one job for the one, another for the other."""
+    headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b"), ("Cancel-After", "1s"), ("Cancel-After", "1h")]
+    answer = bench.client.post(path, json=BODY, headers=headers)
+    assert answer.status_code == 422
+    assert [fault["pointer"] for fault in answer.json()["errors"]] == ["Idempotency-Key:", "Cancel-After:"]
+    assert bench.ledger.list()[0] == []
 
 
 def test_trainings_have_keys_too(bench: Bench) -> None:
@@ -137,18 +150,20 @@ def test_waiting_in_vain(bench: Bench) -> None:
     [
         (None, 0),
         ("", 0),
-        ("wait=20", 20),
-        ("respond-async, wait=20", 20),
-        ("wait=20; foo, bar", 20),
-        ('WAIT = "7"', 7),
-        ("wait=100000", 60),
-        ("wait=-1", 0),
-        ("wait=2.5", 0),
-        ("wait=x", 0),
-        ("await=20", 0),
+        (["wait=20"], 20),
+        (["respond-async, wait=20"], 20),
+        (["respond-async", "wait=20"], 20),
+        (["wait=20", "respond-async"], 20),
+        (["wait=20; foo, bar"], 20),
+        (['WAIT = "7"'], 7),
+        (["wait=100000"], 60),
+        (["wait=-1"], 0),
+        (["wait=2.5"], 0),
+        (["wait=x"], 0),
+        (["await=20"], 0),
     ],
 )
-def test_the_preference_is_read_as_rfc_7240_has_it(said: str | None, wait_s: int) -> None:
+def test_the_preference_is_read_as_rfc_7240_has_it(said: list[str] | None, wait_s: int) -> None:
     """Other preferences and malformed ones are ignored; the longest wait is a minute."""
     assert JobHeaders(prefer=said).wait_s == wait_s
 
@@ -168,6 +183,7 @@ def test_a_deadline_that_is_none_is_refused(bench: Bench, said: str) -> None:
     """Running a job that nobody wants any more is worse than an error."""
     answer = post(bench, **{"Cancel-After": said})
     assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "Cancel-After:")
+    assert "30s" in answer.json()["errors"][0]["detail"]
 
 
 def test_a_job_that_nobody_starts_expires(bench: Bench) -> None:
@@ -196,14 +212,20 @@ def test_a_broken_trace_is_ignored(bench: Bench, trace: str) -> None:
     assert record.job.traceparent is None
 
 
-@given(st.lists(st.text(alphabet="abc0", min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 3))
-def test_if_none_match_names_tags(tags: list[str], chosen: int) -> None:
-    """Weak comparison against each tag of the list, and against nothing else."""
-    header = ", ".join(f'{"W/" if index % 2 else ""}"{tag}"' for index, tag in enumerate(tags))
+@given(
+    st.lists(st.text(alphabet="abc0", min_size=1, max_size=4), min_size=1, max_size=4),
+    st.integers(0, 3),
+    st.integers(0, 4),
+)
+def test_if_none_match_names_tags(tags: list[str], chosen: int, cut: int) -> None:
+    """Weak comparison against each tag of the list, written in one line or two, and against nothing else."""
+    written = [f'{"W/" if index % 2 else ""}"{tag}"' for index, tag in enumerate(tags)]
+    lines = [", ".join(part).encode() for part in (written[:cut], written[cut:]) if part]
+    known = known_tags(Headers(raw=[(b"if-none-match", line) for line in lines]))
     tag = tags[chosen % len(tags)]
-    assert names(header, f'"{tag}"') and names(header, f'W/"{tag}"')
-    assert not names(header, '"none of them"')
-    assert names("*", '"anything"')
+    assert names(known, f'"{tag}"') and names(known, f'W/"{tag}"')
+    assert not names(known, '"none of them"')
+    assert names(["*"], '"anything"')
 
 
 @pytest.fixture
