@@ -12,8 +12,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+LONG = ("tests/kernels/test_interpreted.py", "tests/workers/training/")
+"""What takes minutes comes first: at the end one core would wait for it."""
+
 # Several processes run torch at once here; with all cores each they slow one another down many times over.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files are given to the processes of a run in the order of their first test."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.fixture(scope="session")
