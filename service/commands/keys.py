@@ -65,7 +65,10 @@ def share(
     tenant: Annotated[str, typer.Argument(help="Whose: it need not have a key yet.")],
     seconds: Annotated[float, typer.Argument(min=0.0)],
 ) -> None:
-    """Set the estimated GPU-seconds that a tenant may have waiting and running."""
+    """Set the estimated GPU-seconds that a tenant may have waiting and running.
+
+    Whoever has nothing open may always have one job, whatever it costs: to shut a tenant out, revoke its keys.
+    """
     with _book() as book:
         try:
             book.set_share(tenant, seconds)

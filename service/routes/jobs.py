@@ -134,6 +134,7 @@ def cancel_job(gateway: GatewayDependency, tenant: TenantDependency, id: RecordI
 @router.delete(
     "/v1/jobs/{id}",
     status_code=status.HTTP_204_NO_CONTENT,
+    response_class=Response,
     responses=problems(404, 409, 410, 503),
     summary="Delete a job that has ended, and its pictures",
 )

@@ -74,6 +74,7 @@ def get_reference(gateway: GatewayDependency, tenant: TenantDependency, id: Refe
 @router.delete(
     "/v1/references/{id}",
     status_code=status.HTTP_204_NO_CONTENT,
+    response_class=Response,
     responses=problems(404, 503),
     summary="Delete an uploaded reference and all that was made of it",
 )
