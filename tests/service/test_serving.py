@@ -19,9 +19,12 @@ from typer.testing import CliRunner
 
 from service.callers.auth import exposed
 from service.cli import app
+from service.client import Client
+from service.commands.process_tree import TreeFailedError
 from service.commands.samples import TILE, contact_sheet, ring, star
-from service.commands.serving import Serving, _programs
+from service.commands.serving import TRAINING_GRACE_S, Serving, _programs
 from tests.service.conftest import picture
+from tests.waiting import wait_for
 
 SERVE = """
 import sys
@@ -30,6 +33,28 @@ from service.commands.serving import Serving, serve
 command = (sys.executable, "-m", "tests.service.fake_worker")
 serve(
     Serving("127.0.0.1", 0, 2, Path(sys.argv[1]), None, worker_command=command),
+    report=lambda text: print(text, file=sys.stderr, flush=True),
+    ready=lambda address: print(address, flush=True),
+)
+"""
+
+LEAVING = """
+import sys
+from pathlib import Path
+from service.commands.serving import Serving, serve
+slow = '''
+import os, sys, time
+from pathlib import Path
+from tests.workers.standin import StandinPipeline
+from workers.inference.worker import run_worker
+from workers.settings import WorkerSettings
+def step(_):
+    if not Path(os.environ["FAST"]).exists():
+        time.sleep(0.5)
+sys.exit(run_worker(WorkerSettings(), lambda _: StandinPipeline(step)))
+'''
+serve(
+    Serving("127.0.0.1", 0, 1, Path(sys.argv[1]), None, grace_s=6.0, worker_command=(sys.executable, "-c", slow)),
     report=lambda text: print(text, file=sys.stderr, flush=True),
     ready=lambda address: print(address, flush=True),
 )
@@ -139,6 +164,61 @@ def test_killed_worker_is_replaced(address: str) -> None:
         if len(fresh - {card["pid"] for card in cards}) == 1:
             return
     pytest.fail(f"no new worker among {fresh}")
+
+
+def test_a_restart_costs_no_attempt(model_dir: Path, tmp_path: Path) -> None:
+    """A job that runs longer than `serve` waits is handed back before its worker would be killed, and run again."""
+    environment = _environment(model_dir) | {"FAST": str(tmp_path / "fast")}
+
+    def serving() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", LEAVING, str(tmp_path / "state")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    def leave(process: subprocess.Popen[str]) -> str:
+        process.terminate()
+        return process.communicate(timeout=60)[1]
+
+    first = serving()
+    try:
+        assert first.stdout is not None
+        with Client(first.stdout.readline().strip()) as client:
+            job = client.customize("a toy", num_inference_steps=20)
+            wait_for(lambda: (now := job.refresh().progress) and now.step >= 1, "a first step")
+    finally:
+        said = leave(first)
+    assert "killed" not in said
+    (tmp_path / "fast").touch()
+    second = serving()
+    try:
+        assert second.stdout is not None
+        with Client(second.stdout.readline().strip()) as client:
+            ended = client.job(job.id).wait(60)
+    finally:
+        leave(second)
+    assert ended.attempt == 1
+
+
+def test_workers_have_less_time_than_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs if it is short enough; training workers have longer. What they refuse is refused before they start."""
+    serving = Serving("127.0.0.1", 0, 1, tmp_path, None, training_workers=1)
+
+    def graces() -> dict[str, tuple[str | None, float | None]]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            programs = _programs(serving, listener, "redis://x")
+        return {one.name: (one.environment.get("DREAMSERVE_GRACE_S"), one.grace_s) for one in programs}
+
+    assert graces() == {
+        "gateway": (None, None),
+        "worker 1": ("6.0", None),
+        "training worker 1": (None, TRAINING_GRACE_S),
+        "courier": (None, None),
+    }
+    monkeypatch.setenv("DREAMSERVE_GRACE_S", "2.5")
+    assert graces()["worker 1"] == ("2.5", None)
+    monkeypatch.setenv("DREAMSERVE_GRACE_S", "long")
+    with pytest.raises(TreeFailedError, match="DREAMSERVE_GRACE_S"):
+        graces()
 
 
 def test_serve_ends_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
