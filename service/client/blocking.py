@@ -49,7 +49,7 @@ class Client:
                 Where the service asks for more patience, its answer is the error at once, `retry_after_s` in it.
 
         Raises:
-            ValueError: not an http or https URL.
+            ValueError: not an http or https URL, or a key that no header can hold.
         """
         self._http = httpx2.Client(**options(url, api_key, timeout))
         self._timeout = timeout

@@ -10,7 +10,7 @@ from typing import Any, Final, TypedDict
 
 import httpx2
 
-from service.client.calls import REQUEST_ID, Call
+from service.client.calls import REQUEST_ID, WORD, Call
 from service.client.errors import JobFailedError, JobTimeoutError
 from service.client.following import SILENCE_S
 from service.client.references import Source
@@ -48,8 +48,10 @@ class Send(TypedDict):
 def options(url: str, api_key: str | None, timeout: float) -> Options:
     """
     Raises:
-        ValueError: not an http or https URL.
+        ValueError: not an http or https URL, or a key that no header can hold.
     """
+    if api_key and not WORD.fullmatch(api_key):
+        raise ValueError("an API key is one word of ASCII: send it as it was made, without a line's end")
     try:
         base = httpx2.URL(url)
     except httpx2.InvalidURL as error:

@@ -18,6 +18,7 @@ import pytest
 
 from service.app import create_app
 from service.client import (
+    AdapterUse,
     BusyError,
     DamagedImageError,
     DreamserveError,
@@ -227,6 +228,31 @@ def test_nobody_there(connect: Connect) -> None:
     for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b", "x"):
         with pytest.raises(ValueError, match="URL"):
             connect(url)
+
+
+@pytest.mark.parametrize("key", ["dreamserve_abc\n", "ключ", "two words"])
+def test_a_key_that_cannot_be_sent(connect: Connect, key: str) -> None:
+    """Said when the client is made, and not as a service that does not answer; the key is not repeated."""
+    with pytest.raises(ValueError, match="API key") as caught:
+        connect("http://127.0.0.1:1", key)
+    assert key.strip() not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "pointer", "code"),
+    [
+        ({"idempotency_key": "bestellung-ä"}, "Idempotency-Key:", "invalid_value"),
+        ({"idempotency_key": "a\n"}, "Idempotency-Key:", "invalid_value"),
+        ({"guidance": float("nan")}, "/guidance", "malformed_json"),
+        ({"adapter": AdapterUse("x", float("inf"))}, "/adapter", "malformed_json"),
+        ({"negative_prompt": "a \ud800"}, "/negative_prompt", "malformed_json"),
+    ],
+)
+def test_a_request_that_cannot_be_sent(connect: Connect, options: dict[str, Any], pointer: str, code: str) -> None:
+    """One error of the tree, with a pointer as the service would give it."""
+    client = connect("http://127.0.0.1:1", retry_for=0)
+    error = refused(lambda: client.customize("a", **options), InvalidRequestError, code)
+    assert (error.pointers, error.retryable, error.status) == ((pointer,), False, 0)
 
 
 def test_retry_after_is_waited_for(connect: Connect, model_dir: Path, tmp_path: Path) -> None:

@@ -141,6 +141,10 @@ def test_submit_numbers_several_pictures(address: str, tmp_path: Path) -> None:
         (["--prompt", "a", "--reference", "subject=/nowhere.png"], ["cannot read"]),
         (["--prompt", "a", "--reference", f"subject={__file__}"], ["not a PNG"]),
         (["--prompt", "a", "--url", "http://127.0.0.1:1"], ["no answer"]),
+        (["--prompt", "a", "--url", "127.0.0.1:1"], ["cannot ask", "http://"]),
+        (["--prompt", "a", "--key", "abc\n"], ["an API key is"]),
+        (["--prompt", "a", "--guidance", "nan"], ["/guidance", "malformed_json"]),
+        (["--prompt", "a", "--adapter", "x:inf"], ["NAME:SCALE"]),
     ],
 )
 def test_submit_explains_failures(address: str, tmp_path: Path, arguments: list[str], said: list[str]) -> None:
@@ -151,6 +155,27 @@ def test_submit_explains_failures(address: str, tmp_path: Path, arguments: list[
     assert not out.exists()
     for words in said:
         assert words in done.output
+
+
+def test_submit_looks_for_the_folder_first(address: str, tmp_path: Path) -> None:
+    """A slip in the file's name is told before a picture is made for it, not by throwing it away."""
+    before = len(httpx2.get(f"{address}/v1/jobs").json()["jobs"])
+    for file, said in ((tmp_path / "missing" / "x.png", "no folder"), (tmp_path / "dir.png", "cannot write")):
+        (tmp_path / "dir.png").mkdir(exist_ok=True)
+        done = CliRunner().invoke(app, ["submit", "--url", address, "--prompt", "a", "-o", str(file)])
+        assert (done.exit_code, said in done.output) == (1, True)
+    assert len(httpx2.get(f"{address}/v1/jobs").json()["jobs"]) == before
+
+
+def test_submit_names_the_job_of_a_picture_that_it_cannot_write(address: str, tmp_path: Path) -> None:
+    """What was made is not lost: the second of two files is in the way of nobody but this one."""
+    (tmp_path / "a-1.png").mkdir()
+    arguments = ["--prompt", "a", "--num-images", "2", "-o", str(tmp_path / "a.png")]
+    done = CliRunner().invoke(app, ["submit", "--url", address, *arguments])
+    assert done.exit_code == 1
+    (job, *_) = httpx2.get(f"{address}/v1/jobs").json()["jobs"]
+    assert f"/v1/jobs/{job['id']}/images/1" in done.output
+    assert (tmp_path / "a-0.png").is_file()
 
 
 def test_killed_worker_is_replaced(address: str) -> None:
@@ -247,6 +272,16 @@ def test_gateway_alone_needs_redis(model_dir: Path) -> None:
     done = subprocess.run(command, env=_environment(model_dir), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "DREAMSERVE_REDIS_URL" in done.stderr
+
+
+def test_a_wrong_setting_is_explained(model_dir: Path) -> None:
+    """By its variable and what is wrong with it, without its value."""
+    environment = _environment(model_dir) | {"DREAMSERVE_BODIES_MIB": "1", "DREAMSERVE_PORT": "canary"}
+    command = [sys.executable, "-m", "service.cli", "gateway"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "DREAMSERVE_BODIES_MIB" in done.stderr and "less than two bodies" in done.stderr
+    assert "DREAMSERVE_PORT" in done.stderr and "canary" not in done.stderr
 
 
 def test_no_answer_waits_for_what_could_be_done_before(model_dir: Path, tmp_path: Path) -> None:
