@@ -200,6 +200,7 @@ def submit(
     from service.commands import submit as calls  # noqa: PLC0415 - keeps the other commands quick
 
     try:
+        calls.check_room(output)
         references = [calls.reference(text) for text in reference or ()]
         width, height = calls.size(size)
         options: CustomizeOptions = {
@@ -217,11 +218,10 @@ def submit(
             submitted = client.customize(prompt, references, **options)
             job = calls.follow(submitted, lambda job: _show(bar, task, job))
             pictures = [image.read() for image in job.images]
+        for file in calls.write(job, output, pictures):
+            _OUT.print(f"wrote {file}", markup=False, highlight=False)
     except SubmitError as error:
         _fail("\n".join([error.message, *(f"  {fault}" for fault in error.faults)]), 1)
-    for file, data in zip(calls.file_names(output, len(pictures)), pictures, strict=True):
-        file.write_bytes(data)
-        _OUT.print(f"wrote {file}", markup=False, highlight=False)
     _summarize(job)
 
 
@@ -252,12 +252,12 @@ def openapi() -> None:
 
 def _settings() -> GatewaySettings:
     from service.settings import GatewaySettings  # noqa: PLC0415 - keeps the other commands quick
+    from workers.settings import describe_bad_settings  # noqa: PLC0415 - as above
 
     try:
         return GatewaySettings()
     except ValidationError as error:
-        names = ", ".join("DREAMSERVE_" + str(item["loc"][0]).upper() for item in error.errors())
-        _fail(f"check the environment: {names}", 2)
+        _fail(describe_bad_settings(error), 2)
 
 
 def _become(module: str, arguments: list[str]) -> NoReturn:

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from redis.exceptions import RedisError
 
+from service.problems import TABLE
 from workers.ledger import Ledger
 from workers.telemetry.census import Census, take_census
 from workers.telemetry.metrics import PREFIX, Scraped, add_durations, counter, fresh_registry, gauge, histogram
@@ -38,11 +39,14 @@ class GatewayMetrics:
     def fresh(cls) -> GatewayMetrics:
         """With a registry of its own."""
         one = fresh_registry()
+        rejects = counter(one, "rejects", "Problems answered, by their code in docs/errors.md.", "code")
+        for code in TABLE:  # from 0 on: Prometheus sees no increase in what appears with its first problem
+            rejects.labels(code)
         return cls(
             one,
             counter(one, "http_requests", "Answers, by route template.", "method", "route", "status"),
             histogram(one, "http_request_s", "From a request's head to its answer's end.", "method", "route"),
-            counter(one, "rejects", "Problems answered, by their code in docs/errors.md.", "code"),
+            rejects,
             counter(one, "submissions", "Submissions accepted, or replayed by their key.", "kind", "outcome"),
             gauge(one, "event_streams", "Event streams that are open."),
         )

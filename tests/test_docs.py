@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 from tests.model.adapters import another_dreamo
 from tests.service.gates import serve
 from workers.redis_process import start_redis
+from workers.settings import CourierSettings, TrainingSettings, WorkerSettings
 
 ROOMS = ("service", "workers", "model", "kernels")
 
@@ -113,6 +114,23 @@ def test_every_code_of_the_model_is_documented() -> None:
     assert {code for code in raised if f"| `{code}` |" not in text} == set()
     listed = set(re.findall(r"^\| `([a-z_]+)` \|", text.split("code at start")[1], re.MULTILINE))
     assert listed <= raised
+
+
+def test_every_variable_that_is_told_of_is_read() -> None:
+    """A setting that the documents name and no process reads would be set in vain; the control is one of those."""
+    read = {
+        f"DREAMSERVE_{field.upper()}"
+        for settings in (GatewaySettings, WorkerSettings, TrainingSettings, CourierSettings)
+        for field in settings.model_fields
+    }
+    code = "".join(path.read_text() for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+    read |= set(re.findall(r"\"(DREAMSERVE_[A-Z_]+)\"", code))
+    told = {
+        name for document in DOCUMENTS for name in re.findall(r"DREAMSERVE_[A-Z_]*[A-Z]", (ROOT / document).read_text())
+    }
+    assert told - read == set()
+    assert len(told) > 30
+    assert "DREAMSERVE_ARTIFACT_TTL_S" not in read
 
 
 def blocks(document: str, language: str = "sh") -> list[str]:

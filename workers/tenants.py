@@ -13,10 +13,12 @@ import hmac
 import re
 import secrets
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import redis
 from pydantic import TypeAdapter, ValidationError
+
+if TYPE_CHECKING:
+    import redis  # who only calls the service verifies its webhooks without one
 
 ROOT: Final = "dreamserve:"
 SOLE_TENANT: Final = "default"

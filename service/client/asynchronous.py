@@ -29,7 +29,7 @@ from service.client.connection import (
 from service.client.errors import NotFoundError
 from service.client.following import Following
 from service.client.references import Reference, Source
-from service.client.retries import Tries
+from service.client.retries import Deadline, Tries
 from service.client.values import Adapter, Event, ImageState, JobState, Model, TrainingState, UploadedReference
 
 T = TypeVar("T")
@@ -127,11 +127,11 @@ class AsyncClient:
         """As `Client.adapters`."""
         return await self.ask(calls.adapters(name))
 
-    async def ask(self, call: Call[T]) -> T:
-        """Make a call until it is answered."""
-        tries, request_id = Tries(self._retry_for), fresh_id()
-        send = outgoing(call, self._timeout, request_id)
+    async def ask(self, call: Call[T], deadline: Deadline | None = None) -> T:
+        """Make a call until it is answered, or up to the deadline."""
+        tries, request_id = Tries(self._retry_for, call.wait_s, deadline), fresh_id()
         while True:
+            send = outgoing(call, self._timeout, request_id, tries.begin())
             try:
                 response = await self._http.request(call.method, call.path, **send)
             except httpx2.RequestError as error:
@@ -212,7 +212,8 @@ class AsyncJob(JobState[AsyncImage]):
         """As `Job.wait`."""
         waiting, job = Waiting(timeout), self
         while not job.ended:
-            job = _job(self.client, await self.client.ask(calls.job(self.id, waiting.ask(job))))
+            call = calls.job(self.id, waiting.ask(job))
+            job = _job(self.client, await self.client.ask(call, waiting.deadline(job)))
             if not job.ended:
                 await anyio.sleep(waiting.pause_s())
         judged(job)
@@ -252,7 +253,8 @@ class AsyncTraining(TrainingState):
         waiting, training = Waiting(timeout, TRAINING_POLL_S), self
         while not training.ended:
             waiting.ask(training)
-            training = await training.refresh()
+            asked = await self.client.ask(calls.training(self.id), waiting.deadline(training))
+            training = _training(self.client, asked)
             if not training.ended:
                 await anyio.sleep(waiting.pause_s())
         judged(training)

@@ -27,7 +27,7 @@ from service.client.connection import (
 from service.client.errors import NotFoundError
 from service.client.following import Following
 from service.client.references import Reference, Source
-from service.client.retries import Tries
+from service.client.retries import Deadline, Tries
 from service.client.values import Adapter, Event, ImageState, JobState, Model, TrainingState, UploadedReference
 
 T = TypeVar("T")
@@ -45,11 +45,11 @@ class Client:
         """
         Args:
             timeout: seconds for connecting, and for each pause in an answer.
-            retry_for: seconds in which a call is begun again; 0: only once. Where the service asks for more patience,
-                its answer is the error at once, `retry_after_s` in it.
+            retry_for: seconds in which a call is begun again, beside those that it was asked to wait; 0: only once.
+                Where the service asks for more patience, its answer is the error at once, `retry_after_s` in it.
 
         Raises:
-            ValueError: not an http or https URL.
+            ValueError: not an http or https URL, or a key that no header can hold.
         """
         self._http = httpx2.Client(**options(url, api_key, timeout))
         self._timeout = timeout
@@ -145,11 +145,11 @@ class Client:
         """Adapters that jobs may name, newest first; `name`: only versions of this one."""
         return self.ask(calls.adapters(name))
 
-    def ask(self, call: Call[T]) -> T:
-        """Make a call until it is answered."""
-        tries, request_id = Tries(self._retry_for), fresh_id()
-        send = outgoing(call, self._timeout, request_id)
+    def ask(self, call: Call[T], deadline: Deadline | None = None) -> T:
+        """Make a call until it is answered, or up to the deadline."""
+        tries, request_id = Tries(self._retry_for, call.wait_s, deadline), fresh_id()
         while True:
+            send = outgoing(call, self._timeout, request_id, tries.begin())
             try:
                 response = self._http.request(call.method, call.path, **send)
             except httpx2.RequestError as error:
@@ -241,15 +241,16 @@ class Job(JobState[Image]):
         """The job once it has succeeded.
 
         Args:
-            timeout: seconds.
+            timeout: seconds; until then the service may be away for as long as `retry_for`.
 
         Raises:
-            JobFailedError: it failed, was canceled or expired. JobTimeoutError: it has not ended; it goes on.
+            JobFailedError: it failed, was canceled or expired.
+            JobTimeoutError: it is not known to have ended; it goes on.
         """
         waiting, job = Waiting(timeout), self
         while not job.ended:
             call = calls.job(self.id, waiting.ask(job))
-            job = _job(self.client, self.client.ask(call))
+            job = _job(self.client, self.client.ask(call, waiting.deadline(job)))
             if not job.ended:
                 time.sleep(waiting.pause_s())
         judged(job)
@@ -289,7 +290,8 @@ class Training(TrainingState):
         waiting, training = Waiting(timeout, TRAINING_POLL_S), self
         while not training.ended:
             waiting.ask(training)
-            training = training.refresh()
+            asked = self.client.ask(calls.training(self.id), waiting.deadline(training))
+            training = _training(self.client, asked)
             if not training.ended:
                 time.sleep(waiting.pause_s())
         judged(training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from urllib.parse import quote
 import httpx2
 from pydantic import TypeAdapter, ValidationError
 
-from service.client.errors import DamagedImageError, unexpected
+from service.client.errors import DamagedImageError, Fault, InvalidRequestError, unexpected
 from service.client.references import AdapterUse, OutputFormat, Reference, Webhook, filled, media_type
 from service.client.values import (
     Adapter,
@@ -32,6 +33,8 @@ from service.client.values import (
 T = TypeVar("T")
 
 REQUEST_ID: Final = "X-Request-ID"
+WORD: Final = re.compile(r"[!-~]+")
+"""What a header can hold whoever reads it: printable ASCII without spaces."""
 PAGE: Final = 100
 
 _JOB: Final = TypeAdapter(JobState[ImageState])
@@ -222,15 +225,43 @@ def _submission(
     """A body under a key: without one of the caller's a fresh one, the same however often it is sent.
 
     Raises:
-        ValueError: a number that is not finite, or a text that is not Unicode.
+        InvalidRequestError: a number that is not finite, a text that is not Unicode, or no key.
     """
-    content = json.dumps(filled(**body), ensure_ascii=False, allow_nan=False).encode()
+    if key is not None and not WORD.fullmatch(key):
+        raise _slip("Idempotency-Key:", "invalid_value", "an idempotency key is one word of ASCII")
+    said = filled(**body)
+    try:
+        content = _json(said)
+    except ValueError:
+        slip = next((name for name, value in said.items() if not _is_json(value)), "")
+        raise _slip(f"/{slip}", "malformed_json", "JSON holds finite numbers and valid Unicode only") from None
     all_headers = {
         **headers,
         "Content-Type": "application/json",
         "Idempotency-Key": secrets.token_hex(16) if key is None else key,
     }
     return Call("POST", path, read, headers=all_headers, content=content, wait_s=wait_s)
+
+
+def _json(value: object) -> bytes:
+    """
+    Raises:
+        ValueError: a number that is not finite, or a text that is not Unicode.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _is_json(value: object) -> bool:
+    try:
+        _json(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _slip(pointer: str, code: str, detail: str) -> InvalidRequestError:
+    """What the service would say of a request, had it been possible to send it."""
+    return InvalidRequestError(code, detail, faults=[Fault(pointer, code, detail)])
 
 
 def _reader(kind: TypeAdapter[T]) -> Callable[[httpx2.Response], T]:

@@ -10,10 +10,11 @@ from typing import Any, Final, TypedDict
 
 import httpx2
 
-from service.client.calls import REQUEST_ID, Call
+from service.client.calls import REQUEST_ID, WORD, Call
 from service.client.errors import JobFailedError, JobTimeoutError
 from service.client.following import SILENCE_S
 from service.client.references import Source
+from service.client.retries import Deadline
 from service.client.values import RecordState
 
 DEFAULT_URL: Final = "http://127.0.0.1:8080"
@@ -47,8 +48,10 @@ class Send(TypedDict):
 def options(url: str, api_key: str | None, timeout: float) -> Options:
     """
     Raises:
-        ValueError: not an http or https URL.
+        ValueError: not an http or https URL, or a key that no header can hold.
     """
+    if api_key and not WORD.fullmatch(api_key):
+        raise ValueError("an API key is one word of ASCII: send it as it was made, without a line's end")
     try:
         base = httpx2.URL(url)
     except httpx2.InvalidURL as error:
@@ -71,13 +74,14 @@ def fresh_id() -> str:
     return f"req_{secrets.token_hex(12)}"
 
 
-def outgoing(call: Call[Any], timeout: float, request_id: str) -> Send:
-    """How one try of a call is sent."""
+def outgoing(call: Call[Any], timeout: float, request_id: str, at_most_s: float) -> Send:
+    """How one try of a call is sent, which may take so long at most."""
+    longest = min(timeout + call.wait_s, at_most_s)
     return Send(
         params=dict(call.params),
         headers={**call.headers, REQUEST_ID: request_id},
         content=call.content,
-        timeout=httpx2.Timeout(timeout, read=timeout + call.wait_s),
+        timeout=httpx2.Timeout(min(timeout, longest), read=longest),
     )
 
 
@@ -108,6 +112,10 @@ class Waiting:
         if left <= 0:
             raise JobTimeoutError(record)
         return int(min(LONG_POLL_S, left))
+
+    def deadline(self, record: RecordState) -> Deadline | None:
+        """Of the question that is asked next; `record`: what is known before it."""
+        return None if self._until == float("inf") else Deadline(self._until, JobTimeoutError(record))
 
     def pause_s(self) -> float:
         """Seconds until the question after this answer."""

@@ -79,7 +79,10 @@ class DreamserveError(Exception):
 
 
 class RefusedError(DreamserveError):
-    """The service said no, for a reason of its own. `status`: of HTTP; `retry_after_s`: its advice, if it gave one."""
+    """The service said no, for a reason of its own. `status`: of HTTP; `retry_after_s`: its advice, if it gave one.
+
+    A request that cannot even be sent is refused here, with `status` 0.
+    """
 
     status: int = 0
     retry_after_s: float | None = None

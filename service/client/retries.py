@@ -11,11 +11,19 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass
 from typing import Final
 
 import httpx2
 
-from service.client.errors import NoAnswerError, RefusedError, UnexpectedAnswerError, refusal, unexpected
+from service.client.errors import (
+    DreamserveError,
+    NoAnswerError,
+    RefusedError,
+    UnexpectedAnswerError,
+    refusal,
+    unexpected,
+)
 
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 5.0
@@ -23,19 +31,56 @@ _FINAL: Final = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
 """What no second try mends."""
 
 
-class Tries:
-    """The tries of one call. `lost`: an earlier one may have reached the service."""
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """The moment, by the monotonic clock, up to which a caller waits, and the error when it has come."""
 
-    def __init__(self, retry_for_s: float) -> None:
+    at: float
+    error: DreamserveError
+
+    def left_s(self) -> float:
+        """Seconds until then.
+
+        Raises:
+            DreamserveError: `error`.
+        """
+        left = self.at - time.monotonic()
+        if left <= 0:
+            raise self.error
+        return left
+
+
+class Tries:
+    """The tries of one call. `lost`: an earlier one may have reached the service.
+
+    Args:
+        retry_for_s: in which they begin; what the first answers take of the `wait_s` that they were asked to wait does
+            not count.
+        deadline: of who waits for them; until then they go on.
+    """
+
+    def __init__(self, retry_for_s: float, wait_s: float = 0.0, deadline: Deadline | None = None) -> None:
         self.lost = False
-        self._until = time.monotonic() + retry_for_s
+        self._began_at = time.monotonic()
+        self._until = self._began_at + retry_for_s
+        self._wait_s = wait_s
+        self._deadline = deadline
         self._pause_s = FIRST_PAUSE_S
+
+    def begin(self) -> float:
+        """Seconds that the try which begins now may take.
+
+        Raises:
+            DreamserveError: of the deadline.
+        """
+        self._began_at = time.monotonic()
+        return float("inf") if self._deadline is None else self._deadline.left_s()
 
     def failed(self, error: httpx2.RequestError, request_id: str) -> float:
         """Seconds to wait before the next try, after no answer came.
 
         Raises:
-            NoAnswerError, UnexpectedAnswerError: there is none.
+            NoAnswerError, UnexpectedAnswerError: there is none. DreamserveError: of the deadline.
         """
         if isinstance(error, httpx2.SSEError):
             raise UnexpectedAnswerError("unexpected_answer", str(error), request_id=request_id) from error
@@ -54,6 +99,7 @@ class Tries:
 
         Raises:
             RefusedError, UnexpectedAnswerError: the answer is one of them, and there is no next try.
+            DreamserveError: of the deadline.
         """
         if response.is_success or (self.lost and response.status_code in undone):
             return None
@@ -69,4 +115,10 @@ class Tries:
         """The next pause; None if it would last beyond the time that is left."""
         pause = at_least_s + self._pause_s * random.uniform(0.5, 1.0)  # noqa: S311 - only to keep callers apart
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        return pause if time.monotonic() + pause <= self._until else None
+        if self._deadline is not None:
+            pause = min(pause, self._deadline.left_s())
+        now = time.monotonic()
+        waited = min(now - self._began_at, self._wait_s)
+        self._wait_s -= waited
+        self._until += waited
+        return pause if now + pause <= self._until else None

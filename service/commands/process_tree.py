@@ -31,12 +31,13 @@ class TreeFailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What to run; `environment` is added to the parent's."""
+    """What to run; `environment` is added to the parent's. `grace_s`: time to end when asked; None: as others have."""
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     pass_fds: tuple[int, ...] = ()
+    grace_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -92,17 +93,21 @@ class ProcessTree:
             child.pause_s = min(child.pause_s * 2, LONGEST_PAUSE_S)
 
     def stop(self, grace_s: float) -> None:
-        """Ask every child to end; whatever is left of it after `grace_s` is killed."""
-        running = [child.process for child in self._children if child.process is not None]
-        for process in running:
+        """Ask every child to end; whatever is left of it after `grace_s`, or its program's own, is killed."""
+        running = [
+            (grace_s if child.program.grace_s is None else child.program.grace_s, child.process)
+            for child in self._children
+            if child.process is not None
+        ]
+        for _, process in running:
             if process.poll() is None:
                 process.terminate()
-        deadline = time.monotonic() + grace_s
-        for process in running:
+        asked_at = time.monotonic()
+        for seconds, process in sorted(running, key=lambda one: one[0]):
             try:
-                process.wait(max(0.0, deadline - time.monotonic()))
+                process.wait(max(0.0, asked_at + seconds - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self._report(f"process {process.pid} did not end within {grace_s:g} s: killed")
+                self._report(f"process {process.pid} did not end within {seconds:g} s: killed")
             _kill_session(process)
             process.wait()
 

@@ -19,6 +19,7 @@ from typing import Self
 import httpx2
 import uvicorn
 from fastapi import FastAPI
+from pydantic import ValidationError
 
 from service.callers.auth import OPEN_TO_OTHERS, Auth, refuses_to_open
 from service.callers.connections import Deadlines, allow_open_files, connections
@@ -27,10 +28,16 @@ from service.gateway import Gateway
 from service.settings import GatewaySettings
 from workers import queues
 from workers.redis_process import start_redis
+from workers.settings import WorkerSettings, describe_bad_settings
 from workers.tenants import TenantBook
 
 WATCH_EVERY_S = 0.2
 GRACE_S = 10.0
+"""From SIGTERM until what has not ended is killed."""
+TRAINING_GRACE_S = 120.0
+"""The same for training workers: time for the step at hand and a checkpoint."""
+_HAND_BACK_S = 4.0
+"""Of a worker's time: until it has noticed, and for handing back what it cannot end."""
 MAX_EARLY_RESTARTS = 3
 """Until everything was ready once, crashing this often is a mistake to be shown rather than weather to sit out."""
 
@@ -40,6 +47,7 @@ class Serving:
     """What to serve. Without `redis_url` a private Redis runs in `state_dir`; `port` 0 is any free one.
 
     `metrics_port`: the gateway's; workers, training workers and the courier get the next ones, in this order.
+    `grace_s`: time to end when asked to; training workers have `TRAINING_GRACE_S`.
     """
 
     host: str
@@ -50,6 +58,7 @@ class Serving:
     training_workers: int = 0
     auth: Auth = "auto"
     metrics_port: int | None = None
+    grace_s: float = GRACE_S
     worker_command: tuple[str, ...] = (sys.executable, "-m", "workers.inference")
 
 
@@ -83,7 +92,7 @@ def serve(serving: Serving, *, report: Callable[[str], None], ready: Callable[[s
                 if not readiness.told and tree.restarts >= MAX_EARLY_RESTARTS:
                     raise TreeFailedError("it ended too often before it was ready (its messages are above)")
         finally:
-            tree.stop(GRACE_S)
+            tree.stop(serving.grace_s)
 
 
 def run_gateway(application: FastAPI, host: str, port: int, fd: int | None) -> None:
@@ -220,11 +229,12 @@ def _programs(serving: Serving, listener: socket.socket, redis_url: str) -> list
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     workers = [
-        Program(f"worker {number}", serving.worker_command, environment | threads)
+        Program(f"worker {number}", serving.worker_command, environment | threads | _worker_grace(serving))
         for number in range(1, serving.workers + 1)
     ]
+    training = (sys.executable, "-m", "workers.training.worker")
     trainers = [
-        Program(f"training worker {number}", (sys.executable, "-m", "workers.training.worker"), environment | threads)
+        Program(f"training worker {number}", training, environment | threads, grace_s=TRAINING_GRACE_S)
         for number in range(1, serving.training_workers + 1)
     ]
     courier = Program("courier", (sys.executable, "-m", "workers.courier"), environment)
@@ -236,6 +246,19 @@ def _programs(serving: Serving, listener: socket.socket, redis_url: str) -> list
         replace(program, environment={**program.environment, **port})
         for program, port in zip(programs, ports, strict=True)
     ]
+
+
+def _worker_grace(serving: Serving) -> dict[str, str]:
+    """A worker's own grace, or what fits into ours: it hands back what it has begun before it would be killed.
+
+    Raises:
+        TreeFailedError: the workers' settings will not do.
+    """
+    try:
+        configured = WorkerSettings().grace_s
+    except ValidationError as error:
+        raise TreeFailedError(describe_bad_settings(error)) from None
+    return {"DREAMSERVE_GRACE_S": str(max(0.0, min(configured, serving.grace_s - _HAND_BACK_S)))}
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -76,9 +78,12 @@ def adapter(text: str | None) -> AdapterUse | None:
         return None
     name, _, scale = text.partition(":")
     try:
-        return AdapterUse(name, float(scale or 1))
+        number = float(scale or 1)
     except ValueError:
-        raise SubmitError(f"an adapter is NAME or NAME:SCALE, not {text!r}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise SubmitError(f"an adapter is NAME or NAME:SCALE, not {text!r}")
+    return AdapterUse(name, number)
 
 
 def output_format(file: Path) -> OutputFormat:
@@ -98,6 +103,36 @@ def file_names(file: Path, count: int) -> list[Path]:
     return [file] if count == 1 else [file.with_stem(f"{file.stem}-{index}") for index in range(count)]
 
 
+def check_room(file: Path) -> None:
+    """Make sure before a job is submitted that its pictures can be put where they are wanted.
+
+    Raises:
+        SubmitError: they cannot.
+    """
+    folder = file.parent
+    if not folder.is_dir():
+        raise SubmitError(f"there is no folder {folder}: make it, or name another file")
+    if file.is_dir() or not os.access(folder, os.W_OK):
+        raise SubmitError(f"cannot write {file}: name another file")
+
+
+def write(job: Job, file: Path, pictures: Sequence[bytes]) -> Generator[Path]:
+    """Write a job's pictures, each to a file of its own by `file_names`; these are told as they are written.
+
+    Raises:
+        SubmitError: one cannot be written; it names the job, which still has them.
+    """
+    for name, data in zip(file_names(file, len(pictures)), pictures, strict=True):
+        try:
+            name.write_bytes(data)
+        except OSError as error:
+            kept = [f"/v1/jobs/{job.id}/images/{number} has picture {number}" for number in range(len(pictures))]
+            raise SubmitError(
+                f"cannot write {name}: {error.strerror}; the service keeps what job {job.id} made", kept
+            ) from error
+        yield name
+
+
 @contextmanager
 def service_at(url: str, key: str | None = None) -> Generator[Client]:
     """The service at `url`, for somebody who reads sentences.
@@ -106,10 +141,12 @@ def service_at(url: str, key: str | None = None) -> Generator[Client]:
         SubmitError: of whatever the client raises.
     """
     try:
-        with Client(url, key, timeout=60.0, retry_for=RETRY_FOR_S) as client:
-            yield client
+        client = Client(url, key, timeout=60.0, retry_for=RETRY_FOR_S)
     except ValueError as error:
-        raise SubmitError(f"{url} will not do: {error}") from error
+        raise SubmitError(f"cannot ask {url}: {error}") from error
+    try:
+        with client:
+            yield client
     except NoAnswerError as error:
         what = type(error.__cause__).__name__
         raise SubmitError(f"no answer from {url} ({what}): is `dreamserve serve` running?") from error

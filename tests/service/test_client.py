@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
+from importlib.metadata import distribution, files, requires
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 from service.client import AdapterUse, GoneError, JobFailedError, JobTimeoutError, NotFoundError, Reference, Webhook
 from service.client.calls import PAGE
+from tests.conftest import ROOT
 from tests.service.awaited import Connect
 from tests.service.conftest import SPEC, Bench, Open, picture
 from tests.service.gates import Gate
@@ -246,7 +251,56 @@ def test_the_client_is_light() -> None:
     """A backend that only calls the service loads neither torch nor the gateway."""
     program = (
         "import sys, service.client\n"
-        "print(sorted({'torch', 'numpy', 'PIL', 'fastapi', 'starlette', 'uvicorn', 'rq'} & sys.modules.keys()))"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'}\n"
+        "heavy |= {'fastapi', 'starlette', 'uvicorn', 'rq', 'redis'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+ALONE = """
+import sys
+sys.path += sys.argv[1:]
+import asyncio
+from service.client import AsyncClient, Client, NoAnswerError, WebhookError, verify_webhook
+
+async def ask():
+    async with AsyncClient("https://localhost:1", retry_for=0) as client:
+        await client.models()
+
+for call in (Client("https://localhost:1", retry_for=0).models, lambda: asyncio.run(ask())):
+    try:
+        call()
+    except NoAnswerError as error:
+        print(type(error.__cause__).__name__)
+try:
+    verify_webhook({}, b"", "whsec_" + "A" * 32)
+except WebhookError as error:
+    print(error.code)
+"""
+
+
+def needed(distribution: str, found: set[str]) -> set[str]:
+    """Names of what a distribution needs here, itself among them."""
+    if distribution not in found:
+        found.add(distribution)
+        for line in requires(distribution) or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                needed(canonicalize_name(requirement.name), found)
+    return found
+
+
+def test_what_is_installed_for_the_client_is_enough(tmp_path: Path) -> None:
+    """README's line names all that the client needs: it runs where nothing else of the service's is, webhooks too."""
+    (line,) = re.findall(r"^python -m pip install (.+) && .*--no-deps", (ROOT / "README.md").read_text(), re.MULTILINE)
+    found: set[str] = set()
+    for name in re.findall(r"'([a-z0-9-]+)[<>=]", line):
+        needed(name, found)
+    for name in found:
+        for top in {file.parts[0] for file in files(name) or () if file.parts[0] != ".."}:
+            (tmp_path / top).symlink_to(distribution(name).locate_file(top))
+    command = [sys.executable, "-I", "-S", "-c", ALONE, str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["ConnectError", "ConnectError", "webhook_headers"], done.stderr

@@ -7,7 +7,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import pytest
 
 from service.app import create_app
 from service.client import (
+    AdapterUse,
     BusyError,
     DamagedImageError,
     DreamserveError,
     GoneError,
     InvalidRequestError,
+    JobTimeoutError,
     NoAnswerError,
     NotFoundError,
     Reference,
@@ -101,6 +104,122 @@ def test_an_answer_that_never_comes(connect: Connect) -> None:
     assert error.retryable and error.request_id.startswith("req_")
 
 
+@contextmanager
+def _running(server: ThreadingHTTPServer) -> Generator[str]:
+    """The server's address while it runs in a thread."""
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+class _Fading(ThreadingHTTPServer):
+    """Answers its first question with `known`, and no other."""
+
+    def __init__(self, known: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), _Fade)
+        self.known = known
+        self.asked = 0
+        self.over = threading.Event()
+
+    def shutdown(self) -> None:
+        self.over.set()
+        super().shutdown()
+
+
+class _Fade(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert isinstance(self.server, _Fading)
+        self.server.asked += 1
+        if self.server.asked > 1:
+            self.server.over.wait(30)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.server.known)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("retry_for", [0.0, 8.0])
+@pytest.mark.parametrize(
+    ("path", "body"), [("customize", {"prompt": "a"}), ("trainings", {"recipe": "sticker-adapter"})]
+)
+def test_a_wait_ends_in_time_though_nobody_answers(
+    connect: Connect, gate: Gate, path: str, body: dict[str, str], retry_for: float
+) -> None:
+    """A service that falls silent does not hold a wait for longer than was asked for, and the job is said to go on."""
+    known = httpx2.post(f"{gate.url}/v1/{path}", json=body).content
+    with _Fading(known) as server, _running(server) as url:
+        client = connect(url, timeout=6.0, retry_for=retry_for)
+        job = client.job("j") if path == "customize" else client.training("t")
+        began = time.monotonic()
+        error = refused(lambda: job.wait(1.0), JobTimeoutError, "job_timeout")
+        assert 1.0 <= time.monotonic() - began < 3.0
+        assert error.job.id == job.id
+
+
+def test_a_wait_ends_in_time_while_answers_are_lost(connect: Connect, gate: Gate) -> None:
+    """Tries within a wait end with it."""
+    job = connect(gate.url).customize("a")
+    with proxied(gate.address, lambda number: Fault(0) if number else None) as proxy:
+        patient = connect(proxy.url, retry_for=8.0).job(job.id)
+        began = time.monotonic()
+        refused(lambda: patient.wait(1.0), JobTimeoutError, "job_timeout")
+        assert 1.0 <= time.monotonic() - began < 3.0
+
+
+def test_a_wait_with_time_left_gives_up_as_any_call(connect: Connect, gate: Gate) -> None:
+    """Nobody is kept waiting for a service that has been away for longer than its calls are tried again."""
+    known = httpx2.post(f"{gate.url}/v1/customize", json={"prompt": "a"}).content
+    with _Fading(known) as server, _running(server) as url:
+        job = connect(url, retry_for=0.3).job("j")
+    began = time.monotonic()
+    refused(lambda: job.wait(10.0), NoAnswerError, "no_answer")
+    assert time.monotonic() - began < 5.0
+
+
+class _Slow(BaseHTTPRequestHandler):
+    """A proxy that has no patience: the first answer is its own, after a second; the next is the service's."""
+
+    known = b""
+    tries = 0
+
+    def do_POST(self) -> None:
+        type(self).tries += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.tries == 1:
+            time.sleep(1.0)
+        self.send_response(504 if self.tries == 1 else 202)
+        self.end_headers()
+        self.wfile.write(b"<html>" if self.tries == 1 else self.known)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("retry_for", "tries"), [(0.5, 2), (0.0, 1)])
+def test_a_wait_that_was_asked_for_uses_up_no_patience(
+    connect: Connect, gate: Gate, retry_for: float, tries: int
+) -> None:
+    """Of an answer that is lost after all of the time it was to take, there is a second try, unless none is wanted."""
+
+    class Slow(_Slow):
+        known = httpx2.post(f"{gate.url}/v1/customize", json={"prompt": "a"}).content
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server, _running(server) as url:
+        client = connect(url, retry_for=retry_for)
+        if tries == 1:
+            refused(lambda: client.customize("a", wait=1), UnexpectedAnswerError, "unexpected_answer")
+        else:
+            assert client.customize("a", wait=1).status == "queued"
+        assert Slow.tries == tries
+
+
 def test_nobody_there(connect: Connect) -> None:
     """An error of the tree without an answer, and at once one of the language where there cannot be one."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -109,6 +228,31 @@ def test_nobody_there(connect: Connect) -> None:
     for url in ("127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://a:b", "x"):
         with pytest.raises(ValueError, match="URL"):
             connect(url)
+
+
+@pytest.mark.parametrize("key", ["dreamserve_abc\n", "ключ", "two words"])
+def test_a_key_that_cannot_be_sent(connect: Connect, key: str) -> None:
+    """Said when the client is made, and not as a service that does not answer; the key is not repeated."""
+    with pytest.raises(ValueError, match="API key") as caught:
+        connect("http://127.0.0.1:1", key)
+    assert key.strip() not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "pointer", "code"),
+    [
+        ({"idempotency_key": "bestellung-ä"}, "Idempotency-Key:", "invalid_value"),
+        ({"idempotency_key": "a\n"}, "Idempotency-Key:", "invalid_value"),
+        ({"guidance": float("nan")}, "/guidance", "malformed_json"),
+        ({"adapter": AdapterUse("x", float("inf"))}, "/adapter", "malformed_json"),
+        ({"negative_prompt": "a \ud800"}, "/negative_prompt", "malformed_json"),
+    ],
+)
+def test_a_request_that_cannot_be_sent(connect: Connect, options: dict[str, Any], pointer: str, code: str) -> None:
+    """One error of the tree, with a pointer as the service would give it."""
+    client = connect("http://127.0.0.1:1", retry_for=0)
+    error = refused(lambda: client.customize("a", **options), InvalidRequestError, code)
+    assert (error.pointers, error.retryable, error.status) == ((pointer,), False, 0)
 
 
 def test_retry_after_is_waited_for(connect: Connect, model_dir: Path, tmp_path: Path) -> None:
@@ -229,10 +373,8 @@ class _Page(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def elsewhere() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Page) as server:
-        threading.Thread(target=server.serve_forever).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Page) as server, _running(server) as url:
+        yield url
 
 
 @pytest.mark.parametrize(("status", "retryable"), [(200, False), (302, False), (404, False), (500, False), (502, True)])

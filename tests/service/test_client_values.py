@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from service import schemas, training_schemas
-from service.client import Reference, UnexpectedAnswerError, calls, values
+from service.client import InvalidRequestError, Reference, UnexpectedAnswerError, calls, values
 from service.client.errors import retry_after_s
 from service.client.references import AdapterUse, Webhook
 from service.client.retries import LONGEST_PAUSE_S, Tries
@@ -187,7 +187,7 @@ def test_pauses_grow_and_end() -> None:
 @pytest.mark.parametrize("said", [float("nan"), float("inf")])
 def test_no_number_that_is_none_is_sent(said: float) -> None:
     """JSON has no such number: the service would refuse a body that the caller never sees."""
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(InvalidRequestError, match="JSON"):
         calls.customize("a", [], {"guidance": said}, **ALL)
 
 

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.metrics import GatewayMetrics
+from service.problems import TABLE
 from tests.conftest import ROOT
 from tests.service.conftest import Bench, picture, settings
 from tests.service.gates import serve
@@ -257,6 +258,30 @@ def test_what_is_deployed_asks_for_what_there_is(file: str) -> None:
 
     assert unknown(text) == set()
     assert unknown(f"{text} dreamserve:nothing_total") == {"dreamserve:nothing_total"}
+
+
+def test_what_is_alerted_at_its_first_increase_begins_at_zero() -> None:
+    """Prometheus sees no increase in a series that appears as 1, so each code is there before its first problem."""
+    fresh = GatewayMetrics.fresh().registry
+    for code in TABLE:
+        assert fresh.get_sample_value("dreamserve:rejects_total", {"code": code}) == 0, code
+    codes = re.findall(r'rejects_total\{code="(\w+)"', (ROOT / "deploy" / "alerts.yml").read_text())
+    assert codes and set(codes) <= TABLE.keys()
+
+
+def test_a_process_that_is_gone_is_missed(bench: Bench) -> None:
+    """By a metric that it alone shows, and always; a service without trainings lacks no training worker."""
+    worker, courier = WorkerMetrics.fresh(), CourierMetrics.fresh()
+    worker.watch(lambda: InHand(0, 0, 0, 0, {}))
+    courier.watch(lambda: {"fetches": 0})
+    sources = {"gateway": registry(bench), "worker": worker.registry, "courier": courier.registry}
+    samples = {
+        process: {sample.name for family in source.collect() for sample in family.samples}
+        for process, source in sources.items()
+    }
+    missed = re.findall(r"absent\((dreamserve:\w+)\)", (ROOT / "deploy" / "alerts.yml").read_text())
+    assert sorted(process for name in missed for process in samples if name in samples[process]) == sorted(sources)
+    assert not set(missed) & shown()["training worker"].keys()
 
 
 def test_units_are_in_the_names() -> None:

@@ -9,14 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.commands.process_tree import ProcessTree, Program, TreeFailedError
 
 
-def _python(code: str, *arguments: str, name: str = "child", pass_fds: tuple[int, ...] = ()) -> Program:
-    return Program(name, (sys.executable, "-S", "-c", code, *arguments), pass_fds=pass_fds)
+def _python(code: str, *arguments: str, name: str = "child", **options: Any) -> Program:
+    return Program(name, (sys.executable, "-S", "-c", code, *arguments), **options)
 
 
 def _closed(reader: int, seconds: float = 10.0) -> bool:
@@ -72,6 +73,35 @@ def test_stop_leaves_nothing_behind() -> None:
     tree.stop(0.2)
     assert _closed(reader)
     os.close(reader)
+
+
+def test_a_program_may_have_a_longer_grace(tmp_path: Path) -> None:
+    """What one of them has to write takes longer than the others get, and those do not get longer for it."""
+    code = (
+        "import os, signal, sys, time\n"
+        "def leave(*_):\n"
+        "    time.sleep(1.0)\n"
+        "    open(sys.argv[1], 'w').close()\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        "os.write(int(sys.argv[2]), b'!')\n"
+        "time.sleep(600)\n"
+    )
+    reader, writer = os.pipe()
+    said: list[str] = []
+    patient, hasty = (
+        _python(code, str(tmp_path / name), str(writer), name=name, pass_fds=(writer,), grace_s=grace_s)
+        for name, grace_s in (("patient", 20.0), ("hasty", None))
+    )
+    tree = ProcessTree([patient, hasty], report=said.append)
+    tree.start()
+    assert os.read(reader, 1) + os.read(reader, 1) == b"!!"
+    pid = tree.pids()["hasty"]
+    tree.stop(0.2)
+    assert [file.name for file in tmp_path.iterdir()] == ["patient"]
+    assert said == [f"process {pid} did not end within 0.2 s: killed"]
+    os.close(reader)
+    os.close(writer)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a service of the Linux kernel")

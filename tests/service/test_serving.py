@@ -19,9 +19,12 @@ from typer.testing import CliRunner
 
 from service.callers.auth import exposed
 from service.cli import app
+from service.client import Client
+from service.commands.process_tree import TreeFailedError
 from service.commands.samples import TILE, contact_sheet, ring, star
-from service.commands.serving import Serving, _programs
+from service.commands.serving import TRAINING_GRACE_S, Serving, _programs
 from tests.service.conftest import picture
+from tests.waiting import wait_for
 
 SERVE = """
 import sys
@@ -30,6 +33,28 @@ from service.commands.serving import Serving, serve
 command = (sys.executable, "-m", "tests.service.fake_worker")
 serve(
     Serving("127.0.0.1", 0, 2, Path(sys.argv[1]), None, worker_command=command),
+    report=lambda text: print(text, file=sys.stderr, flush=True),
+    ready=lambda address: print(address, flush=True),
+)
+"""
+
+LEAVING = """
+import sys
+from pathlib import Path
+from service.commands.serving import Serving, serve
+slow = '''
+import os, sys, time
+from pathlib import Path
+from tests.workers.standin import StandinPipeline
+from workers.inference.worker import run_worker
+from workers.settings import WorkerSettings
+def step(_):
+    if not Path(os.environ["FAST"]).exists():
+        time.sleep(0.5)
+sys.exit(run_worker(WorkerSettings(), lambda _: StandinPipeline(step)))
+'''
+serve(
+    Serving("127.0.0.1", 0, 1, Path(sys.argv[1]), None, grace_s=6.0, worker_command=(sys.executable, "-c", slow)),
     report=lambda text: print(text, file=sys.stderr, flush=True),
     ready=lambda address: print(address, flush=True),
 )
@@ -116,6 +141,10 @@ def test_submit_numbers_several_pictures(address: str, tmp_path: Path) -> None:
         (["--prompt", "a", "--reference", "subject=/nowhere.png"], ["cannot read"]),
         (["--prompt", "a", "--reference", f"subject={__file__}"], ["not a PNG"]),
         (["--prompt", "a", "--url", "http://127.0.0.1:1"], ["no answer"]),
+        (["--prompt", "a", "--url", "127.0.0.1:1"], ["cannot ask", "http://"]),
+        (["--prompt", "a", "--key", "abc\n"], ["an API key is"]),
+        (["--prompt", "a", "--guidance", "nan"], ["/guidance", "malformed_json"]),
+        (["--prompt", "a", "--adapter", "x:inf"], ["NAME:SCALE"]),
     ],
 )
 def test_submit_explains_failures(address: str, tmp_path: Path, arguments: list[str], said: list[str]) -> None:
@@ -126,6 +155,27 @@ def test_submit_explains_failures(address: str, tmp_path: Path, arguments: list[
     assert not out.exists()
     for words in said:
         assert words in done.output
+
+
+def test_submit_looks_for_the_folder_first(address: str, tmp_path: Path) -> None:
+    """A slip in the file's name is told before a picture is made for it, not by throwing it away."""
+    before = len(httpx2.get(f"{address}/v1/jobs").json()["jobs"])
+    for file, said in ((tmp_path / "missing" / "x.png", "no folder"), (tmp_path / "dir.png", "cannot write")):
+        (tmp_path / "dir.png").mkdir(exist_ok=True)
+        done = CliRunner().invoke(app, ["submit", "--url", address, "--prompt", "a", "-o", str(file)])
+        assert (done.exit_code, said in done.output) == (1, True)
+    assert len(httpx2.get(f"{address}/v1/jobs").json()["jobs"]) == before
+
+
+def test_submit_names_the_job_of_a_picture_that_it_cannot_write(address: str, tmp_path: Path) -> None:
+    """What was made is not lost: the second of two files is in the way of nobody but this one."""
+    (tmp_path / "a-1.png").mkdir()
+    arguments = ["--prompt", "a", "--num-images", "2", "-o", str(tmp_path / "a.png")]
+    done = CliRunner().invoke(app, ["submit", "--url", address, *arguments])
+    assert done.exit_code == 1
+    (job, *_) = httpx2.get(f"{address}/v1/jobs").json()["jobs"]
+    assert f"/v1/jobs/{job['id']}/images/1" in done.output
+    assert (tmp_path / "a-0.png").is_file()
 
 
 def test_killed_worker_is_replaced(address: str) -> None:
@@ -139,6 +189,61 @@ def test_killed_worker_is_replaced(address: str) -> None:
         if len(fresh - {card["pid"] for card in cards}) == 1:
             return
     pytest.fail(f"no new worker among {fresh}")
+
+
+def test_a_restart_costs_no_attempt(model_dir: Path, tmp_path: Path) -> None:
+    """A job that runs longer than `serve` waits is handed back before its worker would be killed, and run again."""
+    environment = _environment(model_dir) | {"FAST": str(tmp_path / "fast")}
+
+    def serving() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", LEAVING, str(tmp_path / "state")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    def leave(process: subprocess.Popen[str]) -> str:
+        process.terminate()
+        return process.communicate(timeout=60)[1]
+
+    first = serving()
+    try:
+        assert first.stdout is not None
+        with Client(first.stdout.readline().strip()) as client:
+            job = client.customize("a toy", num_inference_steps=20)
+            wait_for(lambda: (now := job.refresh().progress) and now.step >= 1, "a first step")
+    finally:
+        said = leave(first)
+    assert "killed" not in said
+    (tmp_path / "fast").touch()
+    second = serving()
+    try:
+        assert second.stdout is not None
+        with Client(second.stdout.readline().strip()) as client:
+            ended = client.job(job.id).wait(60)
+    finally:
+        leave(second)
+    assert ended.attempt == 1
+
+
+def test_workers_have_less_time_than_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs if it is short enough; training workers have longer. What they refuse is refused before they start."""
+    serving = Serving("127.0.0.1", 0, 1, tmp_path, None, training_workers=1)
+
+    def graces() -> dict[str, tuple[str | None, float | None]]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            programs = _programs(serving, listener, "redis://x")
+        return {one.name: (one.environment.get("DREAMSERVE_GRACE_S"), one.grace_s) for one in programs}
+
+    assert graces() == {
+        "gateway": (None, None),
+        "worker 1": ("6.0", None),
+        "training worker 1": (None, TRAINING_GRACE_S),
+        "courier": (None, None),
+    }
+    monkeypatch.setenv("DREAMSERVE_GRACE_S", "2.5")
+    assert graces()["worker 1"] == ("2.5", None)
+    monkeypatch.setenv("DREAMSERVE_GRACE_S", "long")
+    with pytest.raises(TreeFailedError, match="DREAMSERVE_GRACE_S"):
+        graces()
 
 
 def test_serve_ends_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
@@ -167,6 +272,16 @@ def test_gateway_alone_needs_redis(model_dir: Path) -> None:
     done = subprocess.run(command, env=_environment(model_dir), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "DREAMSERVE_REDIS_URL" in done.stderr
+
+
+def test_a_wrong_setting_is_explained(model_dir: Path) -> None:
+    """By its variable and what is wrong with it, without its value."""
+    environment = _environment(model_dir) | {"DREAMSERVE_BODIES_MIB": "1", "DREAMSERVE_PORT": "canary"}
+    command = [sys.executable, "-m", "service.cli", "gateway"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "DREAMSERVE_BODIES_MIB" in done.stderr and "less than two bodies" in done.stderr
+    assert "DREAMSERVE_PORT" in done.stderr and "canary" not in done.stderr
 
 
 def test_no_answer_waits_for_what_could_be_done_before(model_dir: Path, tmp_path: Path) -> None:

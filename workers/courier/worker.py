@@ -261,7 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = CourierSettings()
         if tenant is not None:
-            sys.stdout.writelines(f"{secret}\n" for secret in secrets_of(checked_secrets(settings), tenant))
+            secrets = secrets_of(checked_secrets(settings), tenant)
+            if not secrets:
+                return refuse("no webhook secret to derive one from: set DREAMSERVE_WEBHOOK_SECRETS", "courier")
+            sys.stdout.writelines(f"{secret}\n" for secret in secrets)
             return 0
     except ValidationError as error:
         return refuse(describe_bad_settings(error), "courier")

@@ -305,6 +305,16 @@ def test_a_tenants_secret_can_be_read(tmp_path: Path) -> None:
     assert done.stdout.split() == list(secrets_of([SECRET], "a"))
 
 
+@pytest.mark.parametrize("tenant", ["a", "default"])
+def test_without_a_secret_there_is_none_of_a_tenant(tmp_path: Path, tenant: str) -> None:
+    """Nothing printed and no fault would read as an empty secret in an operator's script."""
+    settings = environment("redis://127.0.0.1:1", tmp_path, 443) | {"DREAMSERVE_WEBHOOK_SECRETS": ""}
+    command = [sys.executable, "-m", "workers.courier", "--secret-of", tenant]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "DREAMSERVE_WEBHOOK_SECRETS" in done.stderr
+
+
 def test_it_needs_no_torch() -> None:
     """The courier starts in a second and runs where no model is."""
     code = "import sys, workers.courier.worker; print('torch' in sys.modules, 'fastapi' in sys.modules)"
