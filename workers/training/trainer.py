@@ -101,8 +101,8 @@ class Trainer:
         self.report = report
         self.stop = threading.Event()
         """Set it to end after the step at hand, with a checkpoint."""
-        mixed = {"float32": "no", "bfloat16": "bf16"}[recipe.precision]
-        self.accelerator = Accelerator(mixed_precision=mixed, cpu=model.transformer.device.type == "cpu")
+        # Precision is set step by step: accelerate's own is the whole process', and trainings of both may run in one.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=model.transformer.device.type == "cpu")
         if self.accelerator.distributed_type not in _SPREADS:
             raise TrainingError(
                 f"{self.accelerator.distributed_type} is not supported: the packed forward reads the blocks' weights "
@@ -208,7 +208,8 @@ class Trainer:
         batch = compose(records, stage, self.model.codec, generator, moments)
         parts = _ramped(stage.losses, within)
         try:
-            losses, _ = self._prepared(batch, parts)
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, self.recipe.precision == "bfloat16"):
+                losses, _ = self._prepared(batch, parts)
             total = losses.total(LossWeights(parts.flow, parts.route, parts.holder), self._counts(losses))
             if self._agreed(not torch.isfinite(total)):
                 raise TrainingError(self._broken(f"the loss is {float(total.detach())}"))

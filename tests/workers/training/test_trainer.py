@@ -134,6 +134,20 @@ def test_prodigy_goes_on_exactly_too(tmp_path: Path) -> None:
     assert same(weights(second), weights(whole))
 
 
+def test_trainings_of_different_precision_run_in_one_process(tmp_path: Path) -> None:
+    """A training worker runs one after the other: each computes in its own precision, whatever came before."""
+    losses: list[float] = []
+    for number, precision in enumerate(("float32", "bfloat16", "float32")):
+        reports: list[StepReport] = []
+        plan = recipe(stages=[{**STAGE, "steps": 1}], precision=precision)
+        run = trainer(tmp_path / str(number), plan, reports=reports)
+        assert run.run()
+        assert all(parameter.dtype == torch.float32 for parameter in run.objective.parameters())
+        losses += [report.loss for report in reports]
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_training_lowers_the_losses(tmp_path: Path) -> None:
     """On a handful of records, flow, routing and placeholder loss all fall."""
     reports: list[StepReport] = []
