@@ -150,7 +150,9 @@ class Trainer:
             self._enter(stage)
             if within:
                 restore_optimizer(self._now.optimizer, self._learning(), snapshot.optimizer)
-                self._now.averages = {name: tensor.clone() for name, tensor in snapshot.averages.items()}
+                self._now.averages = {
+                    name: tensor.to(parameters[name].device, copy=True) for name, tensor in snapshot.averages.items()
+                }
         return True
 
     def run(self) -> bool:

@@ -120,6 +120,39 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
     assert same(weights(again), undisturbed[0])
 
 
+def test_averages_are_resumed_where_the_weights_are(tmp_path: Path) -> None:
+    """A checkpoint is read into the CPU's memory; the averages follow the weights to another device. Torch's device
+    without data stands in for a GPU here: it refuses to mix devices as a GPU does."""
+    plan = recipe(stages=[{**STAGE, "steps": 4, "ema": 0.5}])
+    first = trainer(tmp_path, plan)
+    first.report = lambda _: first.stop.set()
+    assert not first.run()
+    second = trainer(tmp_path, plan)
+    second.objective.to("meta")
+    assert second.resume()
+    averages = second._now.averages
+    assert averages and {average.device.type for average in averages.values()} == {"meta"}
+    second._average(plan.stages[0])
+
+
+@pytest.mark.gpu
+def test_a_run_with_averages_goes_on_on_a_gpu(tmp_path: Path) -> None:
+    """Stopped inside a stage that keeps averages, and resumed: averages and weights are on one device."""
+    plan = recipe(stages=[{**STAGE, "steps": 4, "ema": 0.5}])
+    for stop_after in (2, 99):
+        model = load_model(ModelSource(device="cuda", dtype="float32"))
+        run = Trainer(plan, model, fresh_embeddings(model), Squares(), tmp_path, lambda _: None)
+        assert run.resume() == (stop_after > 2)
+
+        def stop(report: StepReport, run: Trainer = run, at: int = stop_after) -> None:
+            if report.step == at:
+                run.stop.set()
+
+        run.report = stop
+        assert run.run() == (stop_after == 99)
+    assert run.step == 4
+
+
 def test_prodigy_goes_on_exactly_too(tmp_path: Path) -> None:
     """An optimizer with numbers of its own per run: they are part of a checkpoint."""
     stage = {**STAGE, "optimizer": {"name": "prodigy", "lr": 1.0}}
