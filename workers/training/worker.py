@@ -41,6 +41,7 @@ from workers.training.metrics import TrainingMetrics
 from workers.training.recipes import Recipe, RecipeError
 from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
+from workers.training.storage import StorageError
 from workers.training.trainer import StepReport, Trainer, TrainingError
 
 _LOG = structlog.stdlib.get_logger("workers.training")
@@ -247,15 +248,17 @@ def training_error(error: Exception) -> JobError:
     return _KNOWN.get(type(error)) or JobError("internal", f"The worker failed with {type(error).__name__}.")
 
 
+_STORAGE: Final = JobError(
+    "storage_unavailable", "The training's files cannot be written or read: make room and try again.", retryable=True
+)
 _KNOWN: Mapping[type[Exception], JobError] = {
     RecipeError: JobError(
         "training_data",
         "The recipe does not fit the base model or the dataset: run `dreamserve dataset check` on the dataset, "
         "and `dreamserve train --dry-run` with the recipe.",
     ),
-    SnapshotError: JobError(
-        "storage_unavailable", "A checkpoint cannot be written or read: make room and try again.", retryable=True
-    ),
+    SnapshotError: _STORAGE,
+    StorageError: _STORAGE,
     ExportError: JobError(
         "training_targets", "The trained modules have no place in the released format: use lora.targets released."
     ),
