@@ -12,11 +12,11 @@ import typer
 from model.errors import ModelError
 from workers.training.dry_run import describe
 from workers.training.export import ExportError
+from workers.training.failures import TrainingError
 from workers.training.log import TrainingLog
 from workers.training.recipes import Recipe, RecipeError, load_recipe
 from workers.training.start import prepare
 from workers.training.storage import StorageError
-from workers.training.trainer import TrainingError
 
 app = typer.Typer(add_completion=False)
 

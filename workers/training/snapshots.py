@@ -76,6 +76,12 @@ def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int = 2) -> Pat
     return target
 
 
+def newest_step(directory: Path) -> int | None:
+    """The step of the latest whole checkpoint; None where there is none."""
+    steps = _steps(directory)
+    return int(steps[-1].name.removeprefix("step-")) if steps else None
+
+
 def newest_snapshot(directory: Path) -> Snapshot | None:
     """The latest whole checkpoint; None where there is none.
 

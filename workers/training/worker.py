@@ -37,12 +37,13 @@ from workers.settings import TrainingSettings, describe_bad_settings
 from workers.telemetry.logs import configure_logging
 from workers.telemetry.tracing import JobTrace, Tracing, open_tracing
 from workers.training.export import ExportError
+from workers.training.failures import BrokenStepError
 from workers.training.metrics import TrainingMetrics
 from workers.training.recipes import Recipe, RecipeError
 from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
 from workers.training.storage import StorageError
-from workers.training.trainer import StepReport, Trainer, TrainingError
+from workers.training.trainer import StepReport, Trainer
 
 _LOG = structlog.stdlib.get_logger("workers.training")
 _TELL_EVERY_S: Final = 0.5
@@ -238,9 +239,8 @@ def training_error(error: Exception) -> JobError:
     match error:
         case ModelError() | RegistryError():
             return JobError(error.code, error.message, retryable=error.code == "storage_unavailable")
-        case TrainingError():
-            what = str(error).partition("; a checkpoint")[0]
-            return JobError("training_failed", f"{what}: lower the learning rate or the batch.")
+        case BrokenStepError():
+            return JobError("training_failed", f"{error.reason}: submit it with a lower learning rate or batch.")
         case RecipeError():
             _LOG.warning("recipe refused", reason=str(error))
         case _:

@@ -22,11 +22,11 @@ from model.transformer import EmbeddingTables
 from tests.workers.training.squares import Squares
 from workers.training.adapting import Embeddings, fresh_tables
 from workers.training.batches import step_generator
-from workers.training.recipes import Recipe, Stage
-from workers.training.records import Record
-from workers.training.snapshots import SnapshotError, newest_snapshot
+from workers.training.failures import TrainingError
+from workers.training.recipes import Recipe
+from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
-from workers.training.trainer import StepReport, Trainer, TrainingError
+from workers.training.trainer import StepReport, Trainer
 
 STAGE = {"name": "one", "steps": 6, "batch": 3, "mixture": {"single": 1}, "optimizer": {"lr": 1e-3}}
 
@@ -220,40 +220,6 @@ def test_a_base_stage_trains_the_base_and_an_adapter_stage_does_not(tmp_path: Pa
     resumed = trainer(tmp_path, plan)
     assert resumed.resume()
     assert all(torch.equal(p, end[n]) for n, p in resumed.objective.named_parameters() if n in names - adapter)
-
-
-def test_a_loss_that_is_not_finite_ends_with_a_checkpoint(tmp_path: Path) -> None:
-    """The message names step and remedy, and the checkpoint holds the weights before the step."""
-
-    class Poisoned(Squares):
-        def record(self, index: int, stage: Stage) -> Record:
-            record = super().record(index, stage)
-            if index >= 9:  # the fourth step
-                run.objective.embeddings.type_rows.data[0] = torch.nan
-            return record
-
-    run = trainer(tmp_path, recipe(), Poisoned())
-    with pytest.raises(TrainingError, match=r"step 4: the loss is nan; .* Lower the learning rate"):
-        run.run()
-    snapshot = newest_snapshot(tmp_path / "checkpoints")
-    assert snapshot is not None
-    assert snapshot.step == 3
-
-
-def test_running_out_of_memory_ends_with_a_checkpoint(tmp_path: Path) -> None:
-    """Torch's own error in the middle of a step: the weights before it are kept, and the message says what to do."""
-    run = trainer(tmp_path, recipe())
-
-    def exhausted(*_: object) -> None:
-        if run.step == 1:
-            raise torch.OutOfMemoryError
-
-    run.model.transformer.x_embedder.register_forward_pre_hook(exhausted)
-    with pytest.raises(TrainingError, match=r"step 2: the device ran out of memory; .* the batch"):
-        run.run()
-    snapshot = newest_snapshot(tmp_path / "checkpoints")
-    assert snapshot is not None
-    assert snapshot.step == 1
 
 
 def test_every_part_of_a_step_has_randomness_of_its_own() -> None:

@@ -36,6 +36,7 @@ from model.errors import ModelError
 from model.pipeline import Pipeline
 from model.preprocessors.prepare import load_tools
 from model.roles import ADDED_TOKENS
+from workers.training.failures import TrainingError
 from workers.training.measuring.attending import peaks_inside
 from workers.training.measuring.evaluate import TABLES, pictures
 from workers.training.measuring.variants import ALL_TASKS, REFERENCE, VARIANTS, Run, planned
@@ -46,7 +47,7 @@ from workers.training.start import prepare
 from workers.training.stickerworld.scenes import Scene
 from workers.training.stickerworld.world import scene
 from workers.training.storage import StorageError
-from workers.training.trainer import StepReport, Trainer, TrainingError
+from workers.training.trainer import StepReport, Trainer
 
 app = typer.Typer(add_completion=False)
 

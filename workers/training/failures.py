@@ -1,0 +1,30 @@
+"""Why a run cannot go on, and what can be done about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+
+class TrainingError(Exception):
+    """A run that cannot go on; the message says what to do."""
+
+
+class BrokenStepError(TrainingError):
+    """A step that cannot be made. `reason`: why, without a path; the message names the newest checkpoint too."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}")
+        self.reason = reason
+
+
+_ANEW = "in a new run (another --out: a changed recipe goes on from no checkpoint)"
+DIVERGED = f"Lower the learning rate {_ANEW}, or mend the records of this step and --resume."
+EXHAUSTED = f"Lower the batch or set gradient_checkpointing {_ANEW}, or --resume on a device with more memory."
+
+
+def finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all are numbers throughout; next to no memory is taken for it."""
+    return all(bool(torch.linalg.vector_norm(tensor.detach(), math.inf).isfinite()) for tensor in tensors)
