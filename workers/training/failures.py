@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
+
+from workers.training.recipes import Recipe
 
 
 class TrainingError(Exception):
@@ -20,6 +25,10 @@ class BrokenStepError(TrainingError):
         self.reason = reason
 
 
+class OtherRunError(TrainingError):
+    """A checkpoint that another run left; the message names the directory."""
+
+
 _ANEW = "in a new run (another --out: a changed recipe goes on from no checkpoint)"
 DIVERGED = f"Lower the learning rate {_ANEW}, or mend the records of this step and --resume."
 EXHAUSTED = f"Lower the batch or set gradient_checkpointing {_ANEW}, or --resume on a device with more memory."
@@ -28,3 +37,20 @@ EXHAUSTED = f"Lower the batch or set gradient_checkpointing {_ANEW}, or --resume
 def finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all are numbers throughout; next to no memory is taken for it."""
     return all(bool(torch.linalg.vector_norm(tensor.detach(), math.inf).isfinite()) for tensor in tensors)
+
+
+def check_goes_on(facts: Mapping[str, Any], recipe: Recipe, directory: Path) -> None:
+    """Refuse a checkpoint that this run would not have left. Fields of a recipe that have been added since count with
+    their defaults.
+
+    Raises:
+        OtherRunError: it is of another recipe.
+    """
+    try:
+        same = Recipe.model_validate(facts.get("recipe")).essence == recipe.essence
+    except ValidationError:
+        same = False
+    if not same:
+        raise OtherRunError(
+            f"the checkpoint in {directory} is of another recipe: name a new directory, or restore the recipe"
+        )

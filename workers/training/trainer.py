@@ -18,7 +18,6 @@ from typing import Any, Protocol, cast
 import torch
 from accelerate import Accelerator, DistributedType
 from peft.tuners.lora import LoraLayer
-from pydantic import ValidationError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,7 +29,7 @@ from workers.training.adapting import add_adapter, changes
 from workers.training.batches import compose, step_generator
 from workers.training.encodings import Encodings
 from workers.training.export import Exported, write_adapter, write_transformer
-from workers.training.failures import DIVERGED, EXHAUSTED, BrokenStepError, TrainingError, finite
+from workers.training.failures import DIVERGED, EXHAUSTED, BrokenStepError, TrainingError, check_goes_on, finite
 from workers.training.objective import Objective
 from workers.training.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from workers.training.recipes import LossPart, Recipe, RecipeError, Stage
@@ -128,16 +127,13 @@ class Trainer:
         """Continue from the newest checkpoint; False if there is none.
 
         Raises:
-            TrainingError: the checkpoint is of another recipe.
+            OtherRunError: the checkpoint is of another run.
             SnapshotError: it is damaged.
         """
         snapshot = newest_snapshot(self.directory / "checkpoints")
         if snapshot is None:
             return False
-        if not self._continues(snapshot.facts):
-            raise TrainingError(
-                f"the checkpoint in {self.directory} is of another recipe: name a new directory, or restore the recipe"
-            )
+        check_goes_on(snapshot.facts, self.recipe, self.directory)
         parameters = dict(self.objective.named_parameters())
         with torch.no_grad():
             for name, tensor in snapshot.weights.items():
@@ -346,13 +342,6 @@ class Trainer:
         finally:
             for name, weight in weights.items():
                 learning[name].data = weight
-
-    def _continues(self, facts: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint's recipe is this one: fields that have been added since count with their defaults."""
-        try:
-            return Recipe.model_validate(facts.get("recipe")).essence == self.recipe.essence
-        except ValidationError:
-            return False
 
     def _facts(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json")}

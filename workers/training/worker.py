@@ -37,7 +37,7 @@ from workers.settings import TrainingSettings, describe_bad_settings
 from workers.telemetry.logs import configure_logging
 from workers.telemetry.tracing import JobTrace, Tracing, open_tracing
 from workers.training.export import ExportError
-from workers.training.failures import BrokenStepError
+from workers.training.failures import BrokenStepError, OtherRunError
 from workers.training.metrics import TrainingMetrics
 from workers.training.recipes import Recipe, RecipeError
 from workers.training.snapshots import SnapshotError
@@ -261,6 +261,10 @@ _KNOWN: Mapping[type[Exception], JobError] = {
     StorageError: _STORAGE,
     ExportError: JobError(
         "training_targets", "The trained modules have no place in the released format: use lora.targets released."
+    ),
+    OtherRunError: JobError(
+        "training_data",
+        "The server's base model, dataset or version has changed since this training began: submit it again.",
     ),
     DamagedRecordError: JobError("internal", "The training's record is damaged: submit it again."),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,22 @@ def test_an_unknown_recipe_or_dataset_is_refused(yard: Yard) -> None:
         runner.run(job)
         error = yard.record(job).error
         assert error is not None and error.code == "training_data"
+
+
+def test_a_training_whose_base_has_moved_is_refused_without_its_place(yard: Yard, tmp_path: Path) -> None:
+    """Between two attempts the operator named another base: the checkpoint is of another recipe, and who asked hears
+    that, a remedy, and no directory of the server."""
+    job = yard.submit()
+    runner = yard.runner()
+    runner.leaving = True
+    runner.run(job)
+    assert yard.record(job).status is JobStatus.QUEUED
+    base = tmp_path / "base"
+    shutil.copytree(SHIPPED, base)
+    yard.runner(base_model=str(base)).run(job)
+    error = yard.record(job).error
+    assert error is not None and error.code == "training_data"
+    assert "submit it again" in error.message and "/" not in error.message
 
 
 def test_a_published_adapter_is_what_was_trained(yard: Yard) -> None:
