@@ -139,6 +139,7 @@ class _Attempt:
     trace: JobTrace
     trainer: Trainer | None = None
     stopped: Stop | None = None
+    progress: TrainingProgress | None = None
     losses: dict[str, float] = field(default_factory=dict[str, float])
     told_at: float = 0.0
     stepped_at: float = 0.0
@@ -176,14 +177,18 @@ class _Attempt:
         if self.runner.leaving:
             self._stop("leaving")
         stage, _ = recipe.at(min(self.trainer.step, recipe.steps - 1))
-        self._tell(TrainingProgress(stage.name, self.trainer.step, recipe.steps, {}, 0.0, 0.0))
+        self.progress = TrainingProgress(stage.name, self.trainer.step, recipe.steps, {}, 0.0, 0.0)
+        self._tell()
         self.trace.phase("train")
         whole = self.trainer.run()
         self.trace.note(steps=self.trainer.step)
         if not whole:
             raise StoppedError(self.stopped or "lost")
+        self._refuse_if_stopped()
         self.trace.phase("publish")
         exported = self.trainer.export()
+        self._tell()
+        self._refuse_if_stopped()
         adapter = self.runner.registry.of(job.tenant).publish(job.adapter, exported.directory)
         return TrainingResult(adapter.name, adapter.version, self.trainer.step, self.losses)
 
@@ -198,16 +203,22 @@ class _Attempt:
         self.losses = {name: value for name, value in report.losses.items() if not math.isnan(value)}
         if self.runner.leaving:
             self._stop("leaving")
+        speed = report.samples / self.pace if self.pace else 0.0
+        place = (report.stage, report.step, report.total_steps)
+        self.progress = TrainingProgress(*place, self.losses, round(speed, 2), round(self.pace, 4))
         if now - self.told_at >= _TELL_EVERY_S:
-            speed = report.samples / self.pace if self.pace else 0.0
-            place = (report.stage, report.step, report.total_steps)
-            self._tell(TrainingProgress(*place, self.losses, round(speed, 2), round(self.pace, 4)))
+            self._tell()
 
-    def _tell(self, progress: TrainingProgress) -> None:
+    def _tell(self) -> None:
         self.told_at = time.monotonic()
-        answer = self.claimed.beat(progress)
+        answer = self.claimed.beat(cast("TrainingProgress", self.progress))
         if answer != "ok":
             self._stop(answer)
+
+    def _refuse_if_stopped(self) -> None:
+        """What ends a training does so after its last step too. A worker that leaves finishes what is trained."""
+        if self.stopped not in (None, "leaving"):
+            raise StoppedError(self.stopped)
 
     def _stop(self, reason: Stop) -> None:
         self.stopped = reason

@@ -24,12 +24,14 @@ from model.fingerprints import fingerprint_of
 from tests.churning import churning, plain_walk_fails
 from tests.waiting import wait_for
 from workers import queues
-from workers.jobs import TRAINING, JobStatus, TrainingJob, TrainingRecord
+from workers.jobs import TRAINING, JobStatus, TrainingJob, TrainingProgress, TrainingRecord
 from workers.ledger import Ledger, TrainingLedger
 from workers.redis_process import RedisProcess
 from workers.registry import Registry
 from workers.settings import TrainingSettings
+from workers.training import worker
 from workers.training.recipes import load_recipe
+from workers.training.trainer import Trainer
 from workers.training.worker import TrainingRunner, sweep_runs
 
 LEASE_S = 1.0
@@ -186,6 +188,54 @@ def test_a_lost_worker_publishes_but_commits_nothing(yard: Yard, monkeypatch: py
     assert taken == [job]
     record = yard.record(job)
     assert (record.status, record.attempt, record.result) == (JobStatus.QUEUED, 2, None)
+
+
+@pytest.mark.parametrize("late", ["last step", "export"])
+@pytest.mark.parametrize("heard", ["canceled", "lost"])
+def test_what_ends_a_training_does_so_after_its_last_step_too(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch, late: str, heard: str
+) -> None:
+    """A cancel, or a lease that lapsed, which is heard of at the last step or while the adapter is written: nothing
+    is published."""
+    monkeypatch.setattr(worker, "_TELL_EVERY_S", 0.0)
+    job = yard.submit()
+    runner = yard.runner()
+    beat, export = runner.ledger.beat, Trainer.export
+    exported: list[str] = []
+
+    def beat_late(job_id: str, token: int, progress: TrainingProgress, preview: bytes | None = None) -> Any:
+        due = progress.step == STEPS and (late == "last step" or exported)
+        if due and heard == "canceled":
+            yard.ledger.cancel(job)
+        return "lost" if due and heard == "lost" else beat(job_id, token, progress, preview)
+
+    def export_and_note(trainer: Trainer) -> Any:
+        exported.append("done")
+        return export(trainer)
+
+    monkeypatch.setattr(runner.ledger, "beat", beat_late)
+    monkeypatch.setattr(Trainer, "export", export_and_note)
+    runner.run(job)
+    assert bool(exported) == (late == "export")
+    assert yard.registry.versions() == []
+    assert yard.record(job).status is (JobStatus.CANCELED if heard == "canceled" else JobStatus.RUNNING)
+
+
+def test_a_worker_that_leaves_at_the_last_step_publishes(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is trained: another worker would load the model for nothing."""
+    job = yard.submit()
+    runner = yard.runner()
+    beat = runner.ledger.beat
+
+    def leave(job_id: str, token: int, progress: TrainingProgress, preview: bytes | None = None) -> Any:
+        if progress.step == STEPS - 1:
+            runner.stop()
+        return beat(job_id, token, progress, preview)
+
+    monkeypatch.setattr(worker, "_TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(runner.ledger, "beat", leave)
+    runner.run(job)
+    assert yard.record(job).status is JobStatus.SUCCEEDED
 
 
 @pytest.mark.parametrize(
