@@ -15,7 +15,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -27,6 +27,7 @@ from structlog.contextvars import bound_contextvars
 
 from model.errors import ModelError
 from workers import queues
+from workers.books.values import Look
 from workers.caretaker import Claim
 from workers.claims import ClaimedJob, End, Stop, StoppedError
 from workers.jobs import TRAINING, JobError, TrainingJob, TrainingProgress, TrainingResult
@@ -146,16 +147,16 @@ class _Attempt:
     pace: float = 0.0
 
     def run(self) -> End:
-        """Train and write the end into the ledger; checkpoints stay for who may go on from them."""
+        """Train and write the end into the ledger; checkpoints stay where somebody may go on from them."""
         end: End = "lost"
         try:
             end = self.claimed.end(self._work, training_error)
         finally:
             self.trace.end(end)
-        if end in ("succeeded", "canceled"):
-            shutil.rmtree(self._directory, ignore_errors=True)
-        elif end == "leaving":
+        if end == "leaving":
             queues.ring_again(self.runner.client, TRAINING, self.claimed.claim.job_id)
+        elif end != "lost":
+            shutil.rmtree(self._directory, ignore_errors=True)
         return end
 
     def _work(self) -> TrainingResult:
@@ -312,14 +313,32 @@ def open_station(settings: TrainingSettings) -> Station:
         TRAINING,
         lambda client: open_ledger(client, TRAINING, settings, max_attempts=settings.max_attempts),
         settings.stall_s,
-        lambda: sweep_runs(settings.run_root),
+        lambda ledger: sweep_runs(settings.run_root, ended_in(settings.run_root, ledger)),
     )
 
 
-def sweep_runs(root: Path, max_age_s: float = _ABANDONED_S) -> None:
-    """Remove the checkpoints of trainings that nobody has worked on for a month."""
+def ended_in(root: Path, ledger: TrainingLedger) -> set[str]:
+    """Names of runs whose training the ledger knows to have ended, wherever it was: in the queue, by the caretaker.
+
+    Raises:
+        redis.exceptions.RedisError: Redis is away.
+    """
+    names = [run.name for run in root.glob("*")]
+    looks = zip(names, ledger.look(names), strict=True)
+    return {name for name, look in looks if not isinstance(look, DamagedRecordError) and _ended(look)}
+
+
+def _ended(look: Look[TrainingJob, TrainingProgress, TrainingResult]) -> bool:
+    return look.gone is not None if look.record is None else look.record.status.terminal
+
+
+def sweep_runs(root: Path, ended: Collection[str] = (), max_age_s: float = _ABANDONED_S) -> None:
+    """Remove the checkpoints of trainings that have ended, and of those that nobody has worked on for a month."""
     now = time.time()
     for run in root.glob("*"):
+        if run.name in ended:
+            shutil.rmtree(run, ignore_errors=True)
+            continue
         try:
             worked_on = max(path.lstat().st_mtime for path in (run, *run.rglob("*")))
         except OSError:

@@ -32,7 +32,7 @@ from workers.settings import TrainingSettings
 from workers.training import worker
 from workers.training.recipes import load_recipe
 from workers.training.trainer import Trainer
-from workers.training.worker import TrainingRunner, sweep_runs
+from workers.training.worker import TrainingRunner, open_station, sweep_runs
 
 LEASE_S = 1.0
 SMALL = {
@@ -255,6 +255,7 @@ def test_failures_are_named(yard: Yard, recipe: dict[str, Any], code: str) -> No
     assert record.status is JobStatus.FAILED and record.error is not None
     assert record.error.code == code
     assert str(yard.home) not in record.error.message
+    assert not (yard.home / "trainings" / job).exists(), "nobody can go on from what it left"
 
 
 def test_an_unknown_recipe_or_dataset_is_refused(yard: Yard) -> None:
@@ -307,6 +308,26 @@ def test_forgotten_runs_are_swept(tmp_path: Path) -> None:
         os.utime(path, (long_ago, long_ago))
     sweep_runs(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_runs_that_ended_elsewhere_are_swept(yard: Yard) -> None:
+    """Canceled in the queue after a worker had handed it back, failed by the caretaker, or deleted since: their files
+    go at once. Those of a training that waits or runs stay, and of one that this Redis has never heard of."""
+    runs = yard.home / "trainings"
+    jobs = [yard.submit(name) for name in ("canceled", "failed", "deleted", "queued", "running")]
+    for name in (*jobs, "train_of_another_redis"):
+        (runs / name / "checkpoints").mkdir(parents=True)
+    canceled, failed, deleted, queued, running = jobs
+    for job in (canceled, deleted):
+        yard.ledger.cancel(job)
+    yard.ledger.delete(deleted)
+    assert yard.ledger.claim(running, "w") is not None
+    hasty = Ledger(yard.client, TRAINING, lease_s=0.0, max_attempts=1)
+    assert hasty.claim(failed, "w") is not None and hasty.reap() == []
+    assert yard.record(failed).status is JobStatus.FAILED
+    settings = yard.runner().settings
+    open_station(settings).sweep(yard.ledger)
+    assert {run.name for run in runs.iterdir()} == {queued, running, "train_of_another_redis"}
 
 
 def test_the_sweep_beside_a_trainer_at_work(tmp_path: Path) -> None:
