@@ -39,12 +39,12 @@ def finite(tensors: Iterable[torch.Tensor]) -> bool:
     return all(bool(torch.linalg.vector_norm(tensor.detach(), math.inf).isfinite()) for tensor in tensors)
 
 
-def check_goes_on(facts: Mapping[str, Any], recipe: Recipe, directory: Path) -> None:
+def check_goes_on(facts: Mapping[str, Any], recipe: Recipe, processes: int, directory: Path) -> None:
     """Refuse a checkpoint that this run would not have left. Fields of a recipe that have been added since count with
-    their defaults.
+    their defaults; a checkpoint that does not say how many processes there were is taken with any number.
 
     Raises:
-        OtherRunError: it is of another recipe.
+        OtherRunError: it is of another recipe or number of processes, by which samples are drawn.
     """
     try:
         same = Recipe.model_validate(facts.get("recipe")).essence == recipe.essence
@@ -53,4 +53,10 @@ def check_goes_on(facts: Mapping[str, Any], recipe: Recipe, directory: Path) -> 
     if not same:
         raise OtherRunError(
             f"the checkpoint in {directory} is of another recipe: name a new directory, or restore the recipe"
+        )
+    if (before := facts.get("processes", processes)) != processes:
+        raise OtherRunError(
+            f"the checkpoint in {directory} is of a run in {before} processes, and this one is in {processes}, "
+            "which would change its samples: "
+            f"start it with `torchrun --nproc_per_node {before}`, or name a new directory"
         )

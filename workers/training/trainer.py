@@ -133,7 +133,7 @@ class Trainer:
         snapshot = newest_snapshot(self.directory / "checkpoints")
         if snapshot is None:
             return False
-        check_goes_on(snapshot.facts, self.recipe, self.directory)
+        check_goes_on(snapshot.facts, self.recipe, self.accelerator.num_processes, self.directory)
         parameters = dict(self.objective.named_parameters())
         with torch.no_grad():
             for name, tensor in snapshot.weights.items():
@@ -184,7 +184,8 @@ class Trainer:
             return
         optimizer = self._now.optimizer
         state = optimizer_state(optimizer, self._learning()) if optimizer is not None else {}
-        snapshot = Snapshot(self._now.step, self._trained(), self._now.averages, state, self._facts())
+        facts = {**self._facts(), "processes": self.accelerator.num_processes}
+        snapshot = Snapshot(self._now.step, self._trained(), self._now.averages, state, facts)
         write_snapshot(self.directory / "checkpoints", snapshot)
 
     def export(self) -> Exported:
