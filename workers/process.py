@@ -89,14 +89,14 @@ class Station:
     Attributes:
         open_ledger: the ledger of its kind over a client.
         stall_s: a job without any progress for so long gives up its lease.
-        sweep: clears what expired jobs have left, now and then.
+        sweep: clears what expired jobs have left, now and then, by the ledger it is given.
     """
 
     url: str
     kind: AnyKind
     open_ledger: Callable[[redis.Redis], Ledger[Any, Any, Any]]
     stall_s: float
-    sweep: Callable[[], object]
+    sweep: Callable[[Ledger[Any, Any, Any]], object]
 
     def connect(self) -> redis.Redis:
         """A client of one's own."""
@@ -136,15 +136,16 @@ class WorkerProcess:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         client = self.station.connect()
+        ledger = self.station.open_ledger(client)
         caretaker = Caretaker(
             client,
             self.station.kind,
-            self.station.open_ledger(client),
+            ledger,
             self.name,
             card=lambda: {**self.card, "state": self.state()},
             holder=lambda: self.runner,
             stall_s=self.station.stall_s,
-            sweep=self.station.sweep,
+            sweep=lambda: self.station.sweep(ledger),
         )
         try:
             exposition = open_exposition(

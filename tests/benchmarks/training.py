@@ -32,9 +32,10 @@ from tests.benchmarks.measure import Figure, figure, interleaved, own_seconds
 from tests.benchmarks.step_cases import SHIFT, make_codec
 from tests.benchmarks.step_cases import SIZES as STEP_SIZES
 from workers.training.adapting import Embeddings, fresh_tables
+from workers.training.failures import TrainingError
 from workers.training.recipes import Recipe, Stage
 from workers.training.records import Pixels, Record, RecordReference
-from workers.training.trainer import Trainer, TrainingError
+from workers.training.trainer import Trainer
 
 PROMPT = "a toy [ref#1] and a mug [ref#2] on a wooden table"
 

@@ -107,7 +107,7 @@ def open_station(settings: WorkerSettings) -> Station:
         CUSTOMIZE,
         lambda client: open_ledger(client, CUSTOMIZE, settings),
         settings.stall_s,
-        lambda: store.sweep(settings.artifact_ttl_s),
+        lambda _: store.sweep(settings.artifact_ttl_s),
     )
 
 

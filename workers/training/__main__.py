@@ -11,11 +11,12 @@ import typer
 
 from model.errors import ModelError
 from workers.training.dry_run import describe
+from workers.training.export import ExportError
+from workers.training.failures import TrainingError
 from workers.training.log import TrainingLog
 from workers.training.recipes import Recipe, RecipeError, load_recipe
-from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
-from workers.training.trainer import TrainingError
+from workers.training.storage import StorageError
 
 app = typer.Typer(add_completion=False)
 
@@ -42,7 +43,7 @@ def train(
             print(describe(plan))
         elif not _run(plan, out or Path("runs") / plan.name, resume=resume):
             raise typer.Exit(STOPPED)
-    except (RecipeError, ModelError, SnapshotError, TrainingError) as error:
+    except (RecipeError, ModelError, StorageError, ExportError, TrainingError) as error:
         print(f"dreamserve train: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
 

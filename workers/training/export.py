@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from safetensors.torch import save_file
 
 from model.adapters import MAIN, LowRank
+from workers.training.storage import replaced, writing
 
 PEFT = "adapter_model.safetensors"
 CARD = "adapter.json"
@@ -90,30 +91,40 @@ def write_adapter(
 
     Raises:
         ExportError: see `released_state`.
+        StorageError: the disk is full or not writable; what was there before is untouched.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     metadata = {"facts": json.dumps(dict(facts), sort_keys=True)}
     tables = {f"{name}.weight": tensor.contiguous() for name, tensor in embeddings.items()}
-    save_file(released_state(changes) | tables, directory / MAIN, metadata=metadata)
-    save_file(peft_state(changes), directory / PEFT, metadata=metadata)
-    digest = hashlib.sha256((directory / MAIN).read_bytes()).hexdigest()
-    card = {**facts, "sha256": digest, "files": [MAIN, PEFT]}
-    (directory / CARD).write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
+    released = released_state(changes) | tables
+    with writing("the adapter", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with replaced(directory / MAIN) as main, replaced(directory / PEFT) as peft, replaced(directory / CARD) as card:
+            save_file(released, main, metadata=metadata)
+            save_file(peft_state(changes), peft, metadata=metadata)
+            digest = hashlib.sha256(main.read_bytes()).hexdigest()
+            facts = {**facts, "sha256": digest, "files": [MAIN, PEFT]}
+            card.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
     return Exported(directory, digest)
 
 
 def write_transformer(directory: Path, transformer: FluxTransformer2DModel) -> None:
-    """Write a trained base in diffusers layout, bfloat16, without the adapter that is on it."""
+    """Write a trained base in diffusers layout, bfloat16, without the adapter that is on it.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
     state = {
         name.replace(".base_layer.", "."): tensor.to(torch.bfloat16).contiguous()
         for name, tensor in transformer.state_dict().items()
         if ".lora_" not in name
     }
-    directory.mkdir(parents=True, exist_ok=True)
     config = json.loads(transformer.to_json_string())
     config.pop("_name_or_path", None)  # where it lay on the machine that trained it
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(state, directory / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    with writing("the trained transformer", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        with replaced(directory / "diffusion_pytorch_model.safetensors") as weights:
+            save_file(state, weights, metadata={"format": "pt"})
 
 
 def _pair(name: str, change: LowRank) -> dict[str, torch.Tensor]:

@@ -11,7 +11,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from workers.training.storage import StorageError, writing
+
 _TENSORS = "state.safetensors"
 _FACTS = "state.json"
 _PART = ".part"
 _PART_AGE_S = 3600.0
 
 
-class SnapshotError(Exception):
-    """A checkpoint that cannot be written or read; the message names the directory and the remedy."""
+class SnapshotError(StorageError):
+    """A checkpoint that is damaged; the message names the directory and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +54,32 @@ def write_snapshot(directory: Path, snapshot: Snapshot, *, keep: int = 2) -> Pat
     """Write `step-<n>` in `directory` and remove all but the newest `keep`.
 
     Raises:
-        SnapshotError: the disk is full or not writable; what was there before is untouched.
+        StorageError: the disk is full or not writable; what was there before is untouched.
     """
     target = directory / f"step-{snapshot.step:08d}"
-    try:
+    with writing("a checkpoint", directory):
         directory.mkdir(parents=True, exist_ok=True)
+        _remove(_abandoned(directory))  # first: they may take the room that is needed
         # A name of its own: a worker that was thought lost may still be writing the very same step.
         part = Path(tempfile.mkdtemp(dir=directory, prefix=f".{target.name}.", suffix=_PART))
-        save_file(_flat(snapshot), part / _TENSORS)
-        (part / _FACTS).write_text(json.dumps({"step": snapshot.step, "facts": dict(snapshot.facts)}))
-        for file in part.iterdir():
-            _sync(file)
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
+        try:
+            save_file(_flat(snapshot), part / _TENSORS)
+            (part / _FACTS).write_text(json.dumps({"step": snapshot.step, "facts": dict(snapshot.facts)}))
+            for file in part.iterdir():
+                _sync(file)
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         _sync(directory)
-    except OSError as error:
-        raise SnapshotError(f"cannot write a checkpoint to {directory}: {error.strerror}") from error
-    for old in (*_steps(directory)[:-keep], *_abandoned(directory)):
-        shutil.rmtree(old, ignore_errors=True)
+    _remove(_steps(directory)[:-keep])
     return target
+
+
+def newest_step(directory: Path) -> int | None:
+    """The step of the latest whole checkpoint; None where there is none."""
+    steps = _steps(directory)
+    return int(steps[-1].name.removeprefix("step-")) if steps else None
 
 
 def newest_snapshot(directory: Path) -> Snapshot | None:
@@ -118,8 +128,17 @@ def _steps(directory: Path) -> list[Path]:
 
 def _abandoned(directory: Path) -> list[Path]:
     """Checkpoints that a killed process was writing."""
-    now = time.time()
-    return [path for path in directory.glob(f".*{_PART}") if now - path.stat().st_mtime > _PART_AGE_S]
+    found: list[Path] = []
+    for path in directory.glob(f".*{_PART}"):
+        with suppress(FileNotFoundError):  # somebody has finished it
+            if time.time() - path.stat().st_mtime > _PART_AGE_S:
+                found.append(path)
+    return found
+
+
+def _remove(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

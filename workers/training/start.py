@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -84,11 +85,19 @@ def records_of(recipe: Recipe, spec: ModelSpec | None = None) -> StickerSource |
     return source
 
 
+def own_device(environment: Mapping[str, str], *, cuda: bool) -> str:
+    """Where this process computes: one of several that `torchrun` starts on a machine has the GPU of its number. All of
+    the model goes there, also what is not trained and accelerate does not move."""
+    number = environment.get("LOCAL_RANK")
+    return f"cuda:{number}" if cuda and number is not None else "auto"
+
+
 def load_start(recipe: Recipe) -> LoadedModel:
     """The model that training starts from."""
     part = recipe.model
     base = part.base or str(SHIPPED)
-    source = ModelSource(base_model=base, dreamo=part.dreamo, version=part.version, dtype=part.dtype)
+    device = own_device(os.environ, cuda=torch.cuda.is_available())
+    source = ModelSource(base_model=base, dreamo=part.dreamo, version=part.version, dtype=part.dtype, device=device)
     if part.dreamo is not None:
         return load_model(source)
     if (start := starting_adapter(recipe)) is not None:

@@ -7,6 +7,7 @@ bit on a CPU. Checkpoints are written every `save_every` steps, at the end of a 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from typing import Any, Protocol, cast
 import torch
 from accelerate import Accelerator, DistributedType
 from peft.tuners.lora import LoraLayer
-from pydantic import ValidationError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,11 +29,12 @@ from workers.training.adapting import add_adapter, changes
 from workers.training.batches import compose, step_generator
 from workers.training.encodings import Encodings
 from workers.training.export import Exported, write_adapter, write_transformer
+from workers.training.failures import DIVERGED, EXHAUSTED, BrokenStepError, TrainingError, check_goes_on, finite
 from workers.training.objective import Objective
 from workers.training.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from workers.training.recipes import LossPart, Recipe, RecipeError, Stage
 from workers.training.records import Pixels, Record
-from workers.training.snapshots import Snapshot, newest_snapshot, write_snapshot
+from workers.training.snapshots import Snapshot, newest_snapshot, newest_step, write_snapshot
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,10 +46,6 @@ class Source(Protocol):
 
 
 _SPREADS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-
-
-class TrainingError(Exception):
-    """A run that cannot go on; a checkpoint has been written and the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +98,8 @@ class Trainer:
         self.report = report
         self.stop = threading.Event()
         """Set it to end after the step at hand, with a checkpoint."""
-        mixed = {"float32": "no", "bfloat16": "bf16"}[recipe.precision]
-        self.accelerator = Accelerator(mixed_precision=mixed, cpu=model.transformer.device.type == "cpu")
+        # Precision is set step by step: accelerate's own is the whole process', and trainings of both may run in one.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=model.transformer.device.type == "cpu")
         if self.accelerator.distributed_type not in _SPREADS:
             raise TrainingError(
                 f"{self.accelerator.distributed_type} is not supported: the packed forward reads the blocks' weights "
@@ -130,16 +127,13 @@ class Trainer:
         """Continue from the newest checkpoint; False if there is none.
 
         Raises:
-            TrainingError: the checkpoint is of another recipe.
+            OtherRunError: the checkpoint is of another run.
             SnapshotError: it is damaged.
         """
         snapshot = newest_snapshot(self.directory / "checkpoints")
         if snapshot is None:
             return False
-        if not self._continues(snapshot.facts):
-            raise TrainingError(
-                f"the checkpoint in {self.directory} is of another recipe: name a new directory, or restore the recipe"
-            )
+        check_goes_on(snapshot.facts, self.recipe, self.accelerator.num_processes, self.directory)
         parameters = dict(self.objective.named_parameters())
         with torch.no_grad():
             for name, tensor in snapshot.weights.items():
@@ -150,14 +144,16 @@ class Trainer:
             self._enter(stage)
             if within:
                 restore_optimizer(self._now.optimizer, self._learning(), snapshot.optimizer)
-                self._now.averages = {name: tensor.clone() for name, tensor in snapshot.averages.items()}
+                self._now.averages = {
+                    name: tensor.to(parameters[name].device, copy=True) for name, tensor in snapshot.averages.items()
+                }
         return True
 
     def run(self) -> bool:
         """Train to the end of the recipe; False if stopped before.
 
         Raises:
-            TrainingError: a loss is not finite, or memory ran out.
+            TrainingError: a loss, a gradient or the weights are not finite, or memory ran out.
         """
         while self._now.step < self.recipe.steps:
             if self._agreed(self.stop.is_set()):
@@ -174,13 +170,22 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of the state before the next step."""
+        """Write a checkpoint of the state before the next step.
+
+        Raises:
+            TrainingError: its weights are not finite: the checkpoint before it stays the newest.
+        """
+        if not finite(self._state()):
+            raise self._broken(f"after step {self._now.step}: the weights are not finite", DIVERGED, save=False)
+        self._write()
+
+    def _write(self) -> None:
         if not self.leads:
             return
         optimizer = self._now.optimizer
         state = optimizer_state(optimizer, self._learning()) if optimizer is not None else {}
-        trained = {name: p for name, p in self.objective.named_parameters() if self._was_trained(name)}
-        snapshot = Snapshot(self._now.step, trained, self._now.averages, state, self._facts())
+        facts = {**self._facts(), "processes": self.accelerator.num_processes}
+        snapshot = Snapshot(self._now.step, self._trained(), self._now.averages, state, facts)
         write_snapshot(self.directory / "checkpoints", snapshot)
 
     def export(self) -> Exported:
@@ -205,24 +210,23 @@ class Trainer:
         records = [self.source.record(first + number, stage) for number in range(stage.batch)]
         generator = step_generator(self.recipe.seed, self._now.step, process)
         moments = None if self._encodings is None else self._encodings.moments
-        batch = compose(records, stage, self.model.codec, generator, moments)
         parts = _ramped(stage.losses, within)
         try:
-            losses, _ = self._prepared(batch, parts)
+            batch = compose(records, stage, self.model.codec, generator, moments)
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, self.recipe.precision == "bfloat16"):
+                losses, _ = self._prepared(batch, parts)
             total = losses.total(LossWeights(parts.flow, parts.route, parts.holder), self._counts(losses))
-            if self._agreed(not torch.isfinite(total)):
-                raise TrainingError(self._broken(f"the loss is {float(total.detach())}"))
+            self._require_finite(total.detach(), "the loss")
             self.accelerator.backward(total)
+            clip = math.inf if stage.optimizer.clip is None else stage.optimizer.clip
+            norm = self.accelerator.clip_grad_norm_(self._learning().values(), clip)
+            self._require_finite(cast("torch.Tensor", norm), "the gradient's norm")
         except torch.OutOfMemoryError as error:
-            raise TrainingError(self._broken("the device ran out of memory")) from error
-        optimizer = self._now.optimizer
-        if stage.optimizer.clip is not None:
-            self.accelerator.clip_grad_norm_(self._learning().values(), stage.optimizer.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = stage.rate(within)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self._average(stage)
+            raise self._exhausted(f"step {self._now.step + 1}", save=True) from error
+        try:
+            self._apply(stage, stage.rate(within))
+        except torch.OutOfMemoryError as error:  # some of the weights have been changed by now, others not
+            raise self._exhausted(f"step {self._now.step + 1}", save=False) from error
         self._now.step += 1
         if self.leads:
             values = {name: _mean(getattr(losses, name)) for name in ("flow", "route", "holder")}
@@ -230,8 +234,22 @@ class Trainer:
             loss, sheet = float(total.detach()), self._sheet(stage)
             self.report(StepReport(self._now.step, self.recipe.steps, stage.name, loss, values, samples, sheet))
 
+    def _apply(self, stage: Stage, rate: float) -> None:
+        optimizer = self._now.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._average(stage)
+
     def _enter(self, stage: Stage) -> None:
         """Set what learns in a stage, and a fresh optimizer for it."""
+        try:
+            self._set_up(stage)
+        except torch.OutOfMemoryError as error:
+            raise self._exhausted(f"stage {stage.name}", save=False) from error
+
+    def _set_up(self, stage: Stage) -> None:
         for module in self.objective.modules():
             if isinstance(module, LoraLayer):
                 cast("Any", module).enable_adapters(stage.train == "adapter")
@@ -262,6 +280,12 @@ class Trainer:
 
     def _learning(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
+
+    def _state(self) -> list[torch.Tensor]:
+        return [*self._trained().values(), *self._now.averages.values()]
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.objective.named_parameters() if self._was_trained(name)}
 
     def _was_trained(self, name: str) -> bool:
         """Whether any stage up to this one trains a parameter."""
@@ -320,23 +344,28 @@ class Trainer:
             for name, weight in weights.items():
                 learning[name].data = weight
 
-    def _continues(self, facts: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint's recipe is this one: fields that have been added since count with their defaults."""
-        try:
-            return Recipe.model_validate(facts.get("recipe")).essence == self.recipe.essence
-        except ValidationError:
-            return False
-
     def _facts(self) -> dict[str, Any]:
         return {"recipe": self.recipe.model_dump(mode="json")}
 
-    def _broken(self, what: str) -> str:
-        """Checkpoint the weights, which this step has not touched, and say what to do."""
-        self.save()
-        return (
-            f"step {self._now.step + 1}: {what}; a checkpoint of the step before is in {self.directory}. "
-            "Lower the learning rate or the batch, or look at the records of this step."
+    def _require_finite(self, value: torch.Tensor, what: str) -> None:
+        """End a step whose outcome is not finite, before the weights are touched. The weights may have gone astray
+        before: they are kept only where no older ones are."""
+        if self._agreed(not torch.isfinite(value)):
+            first = newest_step(self.directory / "checkpoints") is None
+            raise self._broken(f"step {self._now.step + 1}: {what} is {float(value)}", DIVERGED, save=first)
+
+    def _exhausted(self, where: str, *, save: bool) -> BrokenStepError:
+        return self._broken(f"{where}: the device ran out of memory", EXHAUSTED, save=save)
+
+    def _broken(self, reason: str, remedy: str, *, save: bool) -> BrokenStepError:
+        """What to say of an end; `save`: the weights are those before the next step, and are kept if finite."""
+        if save and finite(self._state()):
+            self._write()
+        newest = newest_step(self.directory / "checkpoints")
+        kept = (
+            "there is no checkpoint yet" if newest is None else f"a checkpoint of step {newest} is in {self.directory}"
         )
+        return BrokenStepError(reason, f"{kept}. {remedy}")
 
 
 def _encodings(recipe: Recipe, model: LoadedModel, directory: Path) -> Encodings | None:

@@ -15,7 +15,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -27,6 +27,7 @@ from structlog.contextvars import bound_contextvars
 
 from model.errors import ModelError
 from workers import queues
+from workers.books.values import Look
 from workers.caretaker import Claim
 from workers.claims import ClaimedJob, End, Stop, StoppedError
 from workers.jobs import TRAINING, JobError, TrainingJob, TrainingProgress, TrainingResult
@@ -37,11 +38,13 @@ from workers.settings import TrainingSettings, describe_bad_settings
 from workers.telemetry.logs import configure_logging
 from workers.telemetry.tracing import JobTrace, Tracing, open_tracing
 from workers.training.export import ExportError
+from workers.training.failures import BrokenStepError, OtherRunError
 from workers.training.metrics import TrainingMetrics
 from workers.training.recipes import Recipe, RecipeError
 from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
-from workers.training.trainer import StepReport, Trainer, TrainingError
+from workers.training.storage import StorageError
+from workers.training.trainer import StepReport, Trainer
 
 _LOG = structlog.stdlib.get_logger("workers.training")
 _TELL_EVERY_S: Final = 0.5
@@ -137,22 +140,23 @@ class _Attempt:
     trace: JobTrace
     trainer: Trainer | None = None
     stopped: Stop | None = None
+    progress: TrainingProgress | None = None
     losses: dict[str, float] = field(default_factory=dict[str, float])
     told_at: float = 0.0
     stepped_at: float = 0.0
     pace: float = 0.0
 
     def run(self) -> End:
-        """Train and write the end into the ledger; checkpoints stay for who may go on from them."""
+        """Train and write the end into the ledger; checkpoints stay where somebody may go on from them."""
         end: End = "lost"
         try:
             end = self.claimed.end(self._work, training_error)
         finally:
             self.trace.end(end)
-        if end in ("succeeded", "canceled"):
-            shutil.rmtree(self._directory, ignore_errors=True)
-        elif end == "leaving":
+        if end == "leaving":
             queues.ring_again(self.runner.client, TRAINING, self.claimed.claim.job_id)
+        elif end != "lost":
+            shutil.rmtree(self._directory, ignore_errors=True)
         return end
 
     def _work(self) -> TrainingResult:
@@ -174,14 +178,18 @@ class _Attempt:
         if self.runner.leaving:
             self._stop("leaving")
         stage, _ = recipe.at(min(self.trainer.step, recipe.steps - 1))
-        self._tell(TrainingProgress(stage.name, self.trainer.step, recipe.steps, {}, 0.0, 0.0))
+        self.progress = TrainingProgress(stage.name, self.trainer.step, recipe.steps, {}, 0.0, 0.0)
+        self._tell()
         self.trace.phase("train")
         whole = self.trainer.run()
         self.trace.note(steps=self.trainer.step)
         if not whole:
             raise StoppedError(self.stopped or "lost")
+        self._refuse_if_stopped()
         self.trace.phase("publish")
         exported = self.trainer.export()
+        self._tell()
+        self._refuse_if_stopped()
         adapter = self.runner.registry.of(job.tenant).publish(job.adapter, exported.directory)
         return TrainingResult(adapter.name, adapter.version, self.trainer.step, self.losses)
 
@@ -196,16 +204,22 @@ class _Attempt:
         self.losses = {name: value for name, value in report.losses.items() if not math.isnan(value)}
         if self.runner.leaving:
             self._stop("leaving")
+        speed = report.samples / self.pace if self.pace else 0.0
+        place = (report.stage, report.step, report.total_steps)
+        self.progress = TrainingProgress(*place, self.losses, round(speed, 2), round(self.pace, 4))
         if now - self.told_at >= _TELL_EVERY_S:
-            speed = report.samples / self.pace if self.pace else 0.0
-            place = (report.stage, report.step, report.total_steps)
-            self._tell(TrainingProgress(*place, self.losses, round(speed, 2), round(self.pace, 4)))
+            self._tell()
 
-    def _tell(self, progress: TrainingProgress) -> None:
+    def _tell(self) -> None:
         self.told_at = time.monotonic()
-        answer = self.claimed.beat(progress)
+        answer = self.claimed.beat(cast("TrainingProgress", self.progress))
         if answer != "ok":
             self._stop(answer)
+
+    def _refuse_if_stopped(self) -> None:
+        """What ends a training does so after its last step too. A worker that leaves finishes what is trained."""
+        if self.stopped not in (None, "leaving"):
+            raise StoppedError(self.stopped)
 
     def _stop(self, reason: Stop) -> None:
         self.stopped = reason
@@ -237,9 +251,8 @@ def training_error(error: Exception) -> JobError:
     match error:
         case ModelError() | RegistryError():
             return JobError(error.code, error.message, retryable=error.code == "storage_unavailable")
-        case TrainingError():
-            what = str(error).partition("; a checkpoint")[0]
-            return JobError("training_failed", f"{what}: lower the learning rate or the batch.")
+        case BrokenStepError():
+            return JobError("training_failed", f"{error.reason}: submit it with a lower learning rate or batch.")
         case RecipeError():
             _LOG.warning("recipe refused", reason=str(error))
         case _:
@@ -247,17 +260,23 @@ def training_error(error: Exception) -> JobError:
     return _KNOWN.get(type(error)) or JobError("internal", f"The worker failed with {type(error).__name__}.")
 
 
+_STORAGE: Final = JobError(
+    "storage_unavailable", "The training's files cannot be written or read: make room and try again.", retryable=True
+)
 _KNOWN: Mapping[type[Exception], JobError] = {
     RecipeError: JobError(
         "training_data",
         "The recipe does not fit the base model or the dataset: run `dreamserve dataset check` on the dataset, "
         "and `dreamserve train --dry-run` with the recipe.",
     ),
-    SnapshotError: JobError(
-        "storage_unavailable", "A checkpoint cannot be written or read: make room and try again.", retryable=True
-    ),
+    SnapshotError: _STORAGE,
+    StorageError: _STORAGE,
     ExportError: JobError(
         "training_targets", "The trained modules have no place in the released format: use lora.targets released."
+    ),
+    OtherRunError: JobError(
+        "training_data",
+        "The server's base model, dataset or version has changed since this training began: submit it again.",
     ),
     DamagedRecordError: JobError("internal", "The training's record is damaged: submit it again."),
 }
@@ -294,14 +313,32 @@ def open_station(settings: TrainingSettings) -> Station:
         TRAINING,
         lambda client: open_ledger(client, TRAINING, settings, max_attempts=settings.max_attempts),
         settings.stall_s,
-        lambda: sweep_runs(settings.run_root),
+        lambda ledger: sweep_runs(settings.run_root, ended_in(settings.run_root, ledger)),
     )
 
 
-def sweep_runs(root: Path, max_age_s: float = _ABANDONED_S) -> None:
-    """Remove the checkpoints of trainings that nobody has worked on for a month."""
+def ended_in(root: Path, ledger: TrainingLedger) -> set[str]:
+    """Names of runs whose training the ledger knows to have ended, wherever it was: in the queue, by the caretaker.
+
+    Raises:
+        redis.exceptions.RedisError: Redis is away.
+    """
+    names = [run.name for run in root.glob("*")]
+    looks = zip(names, ledger.look(names), strict=True)
+    return {name for name, look in looks if not isinstance(look, DamagedRecordError) and _ended(look)}
+
+
+def _ended(look: Look[TrainingJob, TrainingProgress, TrainingResult]) -> bool:
+    return look.gone is not None if look.record is None else look.record.status.terminal
+
+
+def sweep_runs(root: Path, ended: Collection[str] = (), max_age_s: float = _ABANDONED_S) -> None:
+    """Remove the checkpoints of trainings that have ended, and of those that nobody has worked on for a month."""
     now = time.time()
     for run in root.glob("*"):
+        if run.name in ended:
+            shutil.rmtree(run, ignore_errors=True)
+            continue
         try:
             worked_on = max(path.lstat().st_mtime for path in (run, *run.rglob("*")))
         except OSError:

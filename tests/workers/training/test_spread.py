@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import ROOT
+from tests.workers.training.spread import RECIPE
+from workers.training.failures import TrainingError
 from workers.training.snapshots import newest_snapshot
+from workers.training.start import prepare
 
 STEPS = 6
 
@@ -32,7 +37,8 @@ def run(directory: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def test_two_processes_train_one_model_and_resume_exactly(tmp_path: Path) -> None:
     """Both processes hold the same weights after an adapter and a base stage, whether or not the run was stopped
-    between (one process hears of the stop, both obey); only one reports and saves."""
+    between (one process hears of the stop, both obey); only one reports and saves. Another number of processes would
+    draw other samples, and is refused."""
     calm = run(tmp_path / "calm")
     assert calm[0]["digest"] == calm[1]["digest"]
     assert [rank["step"] for rank in calm] == [STEPS, STEPS]
@@ -45,3 +51,5 @@ def test_two_processes_train_one_model_and_resume_exactly(tmp_path: Path) -> Non
     assert stopped[0]["losses"] + resumed[0]["losses"] == calm[0]["losses"]
     snapshot = newest_snapshot(tmp_path / "calm" / "checkpoints")
     assert snapshot is not None and snapshot.step == STEPS
+    with pytest.raises(TrainingError, match=r"of a run in 2 processes, and this one is in 1.*nproc_per_node 2"):
+        prepare(RECIPE, tmp_path / "stopped", lambda _: None).resume()

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from model.adapters import MAIN
-from model.checkpoints import SHIPPED
+from model.checkpoints import SHIPPED, ModelSource
 from model.errors import WeightsError
+from workers.training import start
 from workers.training.adapting import changes
 from workers.training.recipes import Recipe, RecipeError
-from workers.training.start import prepare
+from workers.training.start import load_start, own_device, prepare
 from workers.training.trainer import Trainer
 
 
@@ -62,3 +63,32 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
                 "stages": [{"name": "a", "steps": 1, "batch": 1, "mixture": {"t": 1}}],
             }
         )
+
+
+def test_a_process_of_several_has_the_gpu_of_its_number() -> None:
+    """Not the first one for all: what accelerate does not move would stay there. Alone, or without CUDA, as ever."""
+    assert [own_device({"LOCAL_RANK": str(n)}, cuda=True) for n in range(3)] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert own_device({"LOCAL_RANK": "1"}, cuda=False) == "auto"
+    assert own_device({}, cuda=True) == "auto"
+
+
+def test_the_whole_model_is_loaded_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the launcher's number, whether DreamO is fused in or not."""
+    asked: list[str] = []
+
+    class Asked(Exception):  # noqa: N818
+        pass
+
+    def load(source: ModelSource, *_: object) -> None:
+        asked.append(source.device)
+        raise Asked
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(start, "load_plain", load)
+    monkeypatch.setattr(start, "load_model", load)
+    stage = {"name": "one", "steps": 1, "batch": 1, "mixture": {"multi_subject": 1}}
+    for model in ({}, {"adapter": "own"}, {"dreamo": str(SHIPPED / "dreamo")}):
+        with pytest.raises(Asked):
+            load_start(Recipe.model_validate({"name": "on", "model": model, "stages": [stage]}))
+    assert asked == ["cuda:1"] * 3

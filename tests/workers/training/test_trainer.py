@@ -22,11 +22,11 @@ from model.transformer import EmbeddingTables
 from tests.workers.training.squares import Squares
 from workers.training.adapting import Embeddings, fresh_tables
 from workers.training.batches import step_generator
-from workers.training.recipes import Recipe, Stage
-from workers.training.records import Record
-from workers.training.snapshots import SnapshotError, newest_snapshot
+from workers.training.failures import TrainingError
+from workers.training.recipes import Recipe
+from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
-from workers.training.trainer import StepReport, Trainer, TrainingError
+from workers.training.trainer import StepReport, Trainer
 
 STAGE = {"name": "one", "steps": 6, "batch": 3, "mixture": {"single": 1}, "optimizer": {"lr": 1e-3}}
 
@@ -120,6 +120,39 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
     assert same(weights(again), undisturbed[0])
 
 
+def test_averages_are_resumed_where_the_weights_are(tmp_path: Path) -> None:
+    """A checkpoint is read into the CPU's memory; the averages follow the weights to another device. Torch's device
+    without data stands in for a GPU here: it refuses to mix devices as a GPU does."""
+    plan = recipe(stages=[{**STAGE, "steps": 4, "ema": 0.5}])
+    first = trainer(tmp_path, plan)
+    first.report = lambda _: first.stop.set()
+    assert not first.run()
+    second = trainer(tmp_path, plan)
+    second.objective.to("meta")
+    assert second.resume()
+    averages = second._now.averages
+    assert averages and {average.device.type for average in averages.values()} == {"meta"}
+    second._average(plan.stages[0])
+
+
+@pytest.mark.gpu
+def test_a_run_with_averages_goes_on_on_a_gpu(tmp_path: Path) -> None:
+    """Stopped inside a stage that keeps averages, and resumed: averages and weights are on one device."""
+    plan = recipe(stages=[{**STAGE, "steps": 4, "ema": 0.5}])
+    for stop_after in (2, 99):
+        model = load_model(ModelSource(device="cuda", dtype="float32"))
+        run = Trainer(plan, model, fresh_embeddings(model), Squares(), tmp_path, lambda _: None)
+        assert run.resume() == (stop_after > 2)
+
+        def stop(report: StepReport, run: Trainer = run, at: int = stop_after) -> None:
+            if report.step == at:
+                run.stop.set()
+
+        run.report = stop
+        assert run.run() == (stop_after == 99)
+    assert run.step == 4
+
+
 def test_prodigy_goes_on_exactly_too(tmp_path: Path) -> None:
     """An optimizer with numbers of its own per run: they are part of a checkpoint."""
     stage = {**STAGE, "optimizer": {"name": "prodigy", "lr": 1.0}}
@@ -132,6 +165,20 @@ def test_prodigy_goes_on_exactly_too(tmp_path: Path) -> None:
     assert second.resume()
     assert second.run()
     assert same(weights(second), weights(whole))
+
+
+def test_trainings_of_different_precision_run_in_one_process(tmp_path: Path) -> None:
+    """A training worker runs one after the other: each computes in its own precision, whatever came before."""
+    losses: list[float] = []
+    for number, precision in enumerate(("float32", "bfloat16", "float32")):
+        reports: list[StepReport] = []
+        plan = recipe(stages=[{**STAGE, "steps": 1}], precision=precision)
+        run = trainer(tmp_path / str(number), plan, reports=reports)
+        assert run.run()
+        assert all(parameter.dtype == torch.float32 for parameter in run.objective.parameters())
+        losses += [report.loss for report in reports]
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_training_lowers_the_losses(tmp_path: Path) -> None:
@@ -173,40 +220,6 @@ def test_a_base_stage_trains_the_base_and_an_adapter_stage_does_not(tmp_path: Pa
     resumed = trainer(tmp_path, plan)
     assert resumed.resume()
     assert all(torch.equal(p, end[n]) for n, p in resumed.objective.named_parameters() if n in names - adapter)
-
-
-def test_a_loss_that_is_not_finite_ends_with_a_checkpoint(tmp_path: Path) -> None:
-    """The message names step and remedy, and the checkpoint holds the weights before the step."""
-
-    class Poisoned(Squares):
-        def record(self, index: int, stage: Stage) -> Record:
-            record = super().record(index, stage)
-            if index >= 9:  # the fourth step
-                run.objective.embeddings.type_rows.data[0] = torch.nan
-            return record
-
-    run = trainer(tmp_path, recipe(), Poisoned())
-    with pytest.raises(TrainingError, match=r"step 4: the loss is nan; .* Lower the learning rate"):
-        run.run()
-    snapshot = newest_snapshot(tmp_path / "checkpoints")
-    assert snapshot is not None
-    assert snapshot.step == 3
-
-
-def test_running_out_of_memory_ends_with_a_checkpoint(tmp_path: Path) -> None:
-    """Torch's own error in the middle of a step: the weights before it are kept, and the message says what to do."""
-    run = trainer(tmp_path, recipe())
-
-    def exhausted(*_: object) -> None:
-        if run.step == 1:
-            raise torch.OutOfMemoryError
-
-    run.model.transformer.x_embedder.register_forward_pre_hook(exhausted)
-    with pytest.raises(TrainingError, match=r"step 2: the device ran out of memory; .* the batch"):
-        run.run()
-    snapshot = newest_snapshot(tmp_path / "checkpoints")
-    assert snapshot is not None
-    assert snapshot.step == 1
 
 
 def test_every_part_of_a_step_has_randomness_of_its_own() -> None:

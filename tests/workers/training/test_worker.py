@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,13 +24,15 @@ from model.fingerprints import fingerprint_of
 from tests.churning import churning, plain_walk_fails
 from tests.waiting import wait_for
 from workers import queues
-from workers.jobs import TRAINING, JobStatus, TrainingJob, TrainingRecord
+from workers.jobs import TRAINING, JobStatus, TrainingJob, TrainingProgress, TrainingRecord
 from workers.ledger import Ledger, TrainingLedger
 from workers.redis_process import RedisProcess
 from workers.registry import Registry
 from workers.settings import TrainingSettings
+from workers.training import worker
 from workers.training.recipes import load_recipe
-from workers.training.worker import TrainingRunner, sweep_runs
+from workers.training.trainer import Trainer
+from workers.training.worker import TrainingRunner, open_station, sweep_runs
 
 LEASE_S = 1.0
 SMALL = {
@@ -187,6 +190,54 @@ def test_a_lost_worker_publishes_but_commits_nothing(yard: Yard, monkeypatch: py
     assert (record.status, record.attempt, record.result) == (JobStatus.QUEUED, 2, None)
 
 
+@pytest.mark.parametrize("late", ["last step", "export"])
+@pytest.mark.parametrize("heard", ["canceled", "lost"])
+def test_what_ends_a_training_does_so_after_its_last_step_too(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch, late: str, heard: str
+) -> None:
+    """A cancel, or a lease that lapsed, which is heard of at the last step or while the adapter is written: nothing
+    is published."""
+    monkeypatch.setattr(worker, "_TELL_EVERY_S", 0.0)
+    job = yard.submit()
+    runner = yard.runner()
+    beat, export = runner.ledger.beat, Trainer.export
+    exported: list[str] = []
+
+    def beat_late(job_id: str, token: int, progress: TrainingProgress, preview: bytes | None = None) -> Any:
+        due = progress.step == STEPS and (late == "last step" or exported)
+        if due and heard == "canceled":
+            yard.ledger.cancel(job)
+        return "lost" if due and heard == "lost" else beat(job_id, token, progress, preview)
+
+    def export_and_note(trainer: Trainer) -> Any:
+        exported.append("done")
+        return export(trainer)
+
+    monkeypatch.setattr(runner.ledger, "beat", beat_late)
+    monkeypatch.setattr(Trainer, "export", export_and_note)
+    runner.run(job)
+    assert bool(exported) == (late == "export")
+    assert yard.registry.versions() == []
+    assert yard.record(job).status is (JobStatus.CANCELED if heard == "canceled" else JobStatus.RUNNING)
+
+
+def test_a_worker_that_leaves_at_the_last_step_publishes(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is trained: another worker would load the model for nothing."""
+    job = yard.submit()
+    runner = yard.runner()
+    beat = runner.ledger.beat
+
+    def leave(job_id: str, token: int, progress: TrainingProgress, preview: bytes | None = None) -> Any:
+        if progress.step == STEPS - 1:
+            runner.stop()
+        return beat(job_id, token, progress, preview)
+
+    monkeypatch.setattr(worker, "_TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(runner.ledger, "beat", leave)
+    runner.run(job)
+    assert yard.record(job).status is JobStatus.SUCCEEDED
+
+
 @pytest.mark.parametrize(
     ("recipe", "code"),
     [
@@ -204,6 +255,7 @@ def test_failures_are_named(yard: Yard, recipe: dict[str, Any], code: str) -> No
     assert record.status is JobStatus.FAILED and record.error is not None
     assert record.error.code == code
     assert str(yard.home) not in record.error.message
+    assert not (yard.home / "trainings" / job).exists(), "nobody can go on from what it left"
 
 
 def test_an_unknown_recipe_or_dataset_is_refused(yard: Yard) -> None:
@@ -215,6 +267,22 @@ def test_an_unknown_recipe_or_dataset_is_refused(yard: Yard) -> None:
         runner.run(job)
         error = yard.record(job).error
         assert error is not None and error.code == "training_data"
+
+
+def test_a_training_whose_base_has_moved_is_refused_without_its_place(yard: Yard, tmp_path: Path) -> None:
+    """Between two attempts the operator named another base: the checkpoint is of another recipe, and who asked hears
+    that, a remedy, and no directory of the server."""
+    job = yard.submit()
+    runner = yard.runner()
+    runner.leaving = True
+    runner.run(job)
+    assert yard.record(job).status is JobStatus.QUEUED
+    base = tmp_path / "base"
+    shutil.copytree(SHIPPED, base)
+    yard.runner(base_model=str(base)).run(job)
+    error = yard.record(job).error
+    assert error is not None and error.code == "training_data"
+    assert "submit it again" in error.message and "/" not in error.message
 
 
 def test_a_published_adapter_is_what_was_trained(yard: Yard) -> None:
@@ -240,6 +308,26 @@ def test_forgotten_runs_are_swept(tmp_path: Path) -> None:
         os.utime(path, (long_ago, long_ago))
     sweep_runs(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_runs_that_ended_elsewhere_are_swept(yard: Yard) -> None:
+    """Canceled in the queue after a worker had handed it back, failed by the caretaker, or deleted since: their files
+    go at once. Those of a training that waits or runs stay, and of one that this Redis has never heard of."""
+    runs = yard.home / "trainings"
+    jobs = [yard.submit(name) for name in ("canceled", "failed", "deleted", "queued", "running")]
+    for name in (*jobs, "train_of_another_redis"):
+        (runs / name / "checkpoints").mkdir(parents=True)
+    canceled, failed, deleted, queued, running = jobs
+    for job in (canceled, deleted):
+        yard.ledger.cancel(job)
+    yard.ledger.delete(deleted)
+    assert yard.ledger.claim(running, "w") is not None
+    hasty = Ledger(yard.client, TRAINING, lease_s=0.0, max_attempts=1)
+    assert hasty.claim(failed, "w") is not None and hasty.reap() == []
+    assert yard.record(failed).status is JobStatus.FAILED
+    settings = yard.runner().settings
+    open_station(settings).sweep(yard.ledger)
+    assert {run.name for run in runs.iterdir()} == {queued, running, "train_of_another_redis"}
 
 
 def test_the_sweep_beside_a_trainer_at_work(tmp_path: Path) -> None:

@@ -36,17 +36,18 @@ from model.errors import ModelError
 from model.pipeline import Pipeline
 from model.preprocessors.prepare import load_tools
 from model.roles import ADDED_TOKENS
+from workers.training.failures import TrainingError
 from workers.training.measuring.attending import peaks_inside
 from workers.training.measuring.evaluate import TABLES, pictures
 from workers.training.measuring.variants import ALL_TASKS, REFERENCE, VARIANTS, Run, planned
 from workers.training.oracle.scores import score
 from workers.training.oracle.tables import summarise
 from workers.training.recipes import Recipe, RecipeError, load_recipe
-from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
 from workers.training.stickerworld.scenes import Scene
 from workers.training.stickerworld.world import scene
-from workers.training.trainer import StepReport, Trainer, TrainingError
+from workers.training.storage import StorageError
+from workers.training.trainer import StepReport, Trainer
 
 app = typer.Typer(add_completion=False)
 
@@ -92,7 +93,7 @@ def campaign(recipe: Recipe, out: Path, names: Iterable[str], seeds: int, count:
     Raises:
         RecipeError: see `varied`.
         AblationError: the directory holds rows of something else.
-        ModelError, TrainingError, SnapshotError: see `start.prepare` and `Trainer`.
+        ModelError, TrainingError, StorageError: see `start.prepare` and `Trainer`.
     """
     runs = planned(recipe, names, seeds, count)
     made = [read_row(out, run) is not None for run in runs]  # all of them first: one may not belong here
@@ -275,7 +276,7 @@ def main(
         plan = load_recipe(recipe)
         finished = campaign(plan, out, only or VARIANTS, seeds, count, stop)
         rows = [read_row(out, run) for run in planned(plan, VARIANTS, seeds, count)]
-    except (AblationError, RecipeError, ModelError, SnapshotError, TrainingError) as error:
+    except (AblationError, RecipeError, ModelError, StorageError, TrainingError) as error:
         print(f"dreamserve ablations: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     print(comparison([row for row in rows if row is not None]))

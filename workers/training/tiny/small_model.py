@@ -23,13 +23,13 @@ from model.adapters import MAIN
 from model.errors import ModelError
 from model.fabricate import Shape, make_transformer, write_index
 from model.spec import SPEC_FILE
+from workers.training.failures import TrainingError
 from workers.training.log import TrainingLog
 from workers.training.recipes import Recipe, RecipeError, load_recipe
-from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
+from workers.training.storage import StorageError
 from workers.training.tiny.autoencoder import AutoencoderPlan, fidelity, train_autoencoder
 from workers.training.tiny.language import LanguagePlan, train_language
-from workers.training.trainer import TrainingError
 
 app = typer.Typer(add_completion=False)
 
@@ -142,7 +142,7 @@ def main(
         write_start(start, LanguagePlan(seed=seed), AutoencoderPlan(seed=seed))
         train(recipe, runs / recipe.name)
         assemble(start, runs / recipe.name, out)
-    except (RecipeError, ModelError, SnapshotError, TrainingError) as error:
+    except (RecipeError, ModelError, StorageError, TrainingError) as error:
         print(f"dreamserve small model: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     print(f"wrote {out}")
