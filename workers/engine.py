@@ -21,6 +21,16 @@ from workers.planner import Account, Budget, Seat, next_forward
 _CALM_FORWARDS = 64
 """Forwards without a want of memory after which a smaller budget grows again by half."""
 
+_WANTS_OF_MEMORY = ("out of memory", "can't allocate memory", "_status_alloc_failed", "allocation_failed")
+"""In lower case: of torch and the driver, of the host, of cuBLAS and cuDNN, of cuDNN 9."""
+_LOST_DEVICES = (
+    "CUDA error",
+    "CUDA driver error",
+    "Triton Error [CUDA]",
+    "CUDNN_STATUS_EXECUTION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR",
+)
+
 
 class Steps(Protocol):
     """What moves runs: `model.pipeline.Pipeline`."""
@@ -174,10 +184,12 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):
         return True
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return "out of memory" in text or "can't allocate memory" in text or "cublas_status_alloc_failed" in text
+    return any(sign in text for sign in _WANTS_OF_MEMORY)
 
 
 def is_broken_device(error: Exception) -> bool:
     """CUDA errors other than a want of memory stay: each later call fails too."""
-    text = str(error) if isinstance(error, RuntimeError) else ""
-    return ("CUDA error" in text or "CUDNN_STATUS_EXECUTION_FAILED" in text) and not is_out_of_memory(error)
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+        return False
+    named = any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)  # torch's, unknown here
+    return named or any(sign in str(error) for sign in _LOST_DEVICES)

@@ -150,5 +150,49 @@ def test_a_lost_device_ends_the_engine() -> None:
     engine.forward()
     with pytest.raises(BrokenDeviceError):
         engine.forward()
-    assert not is_broken_device(RuntimeError("CUDA error: out of memory"))
-    assert not is_broken_device(ValueError("CUDA error"))
+
+
+class AcceleratorError(RuntimeError):
+    """Named like torch's own, of which a CUDA error is one since 2.8."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+        RuntimeError("CUDA driver error: unspecified launch failure"),
+        RuntimeError("Triton Error [CUDA]: device-side assert triggered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        AcceleratorError("unspecified launch failure"),
+    ],
+)
+def test_errors_of_a_lost_device(error: Exception) -> None:
+    """torch, cuBLAS, cuDNN, the driver and Triton say it in words of their own."""
+    assert is_broken_device(error) and not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        AcceleratorError("CUDA error: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_a_want_of_memory_is_no_lost_device(error: Exception) -> None:
+    """In the same words, but the process goes on."""
+    assert is_out_of_memory(error) and not is_broken_device(error)
+
+
+@pytest.mark.parametrize("error", [ValueError("CUDA error"), RuntimeError("shapes do not fit"), KeyError("CUDA error")])
+def test_other_errors_are_neither(error: Exception) -> None:
+    """What a job brings about itself says nothing of the device, whatever its words are."""
+    assert not is_broken_device(error) and not is_out_of_memory(error)

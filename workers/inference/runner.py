@@ -28,7 +28,7 @@ from workers import queues
 from workers.artifacts import ArtifactStore
 from workers.caretaker import Claim, to_hand_over
 from workers.claims import ClaimedJob, End, Stop, StoppedError
-from workers.engine import BrokenDeviceError, Engine, Forward
+from workers.engine import BrokenDeviceError, Engine, Forward, is_broken_device
 from workers.failpoints import reach
 from workers.inference.caches import MIB, Caches
 from workers.inference.failures import job_error
@@ -56,6 +56,7 @@ _PICTURES_AHEAD = 8
 """Prepared beyond those of a full forward."""
 _HEARD_S = 0.05
 """The engine waits so long for its beats to be heard. A Redis that answers is faster; one that is away costs this."""
+_LOST = "the device is lost: this worker ends"
 _YIELD_S = 2.0
 """What was handed over is left to idle workers for so long."""
 
@@ -267,23 +268,16 @@ class JobRunner:
                 self._account(self._engine.forward(brief=self._somebody_is_coming()))
                 self._scribe.settle(_HEARD_S)
         except BrokenDeviceError as error:
-            _LOG.critical("the device is lost: this worker ends", exception=str(error))
-            self._break()
+            self._break(_LOST, str(error))
         except Exception as error:  # noqa: BLE001 - without this thread the process would hold jobs for nothing
-            _LOG.critical("the engine has failed: this worker ends", exception=type(error).__name__)
-            self._break()
-
-    def _break(self) -> None:
-        with self._changed:
-            self.broken = True
-            self._changed.notify_all()
+            self._break("the engine has failed: this worker ends", type(error).__name__)
 
     def _wait_for_runs(self) -> bool:
-        """Let in what is ready and drop what has ended; False when closed."""
+        """Let in what is ready and drop what has ended; False when closed, or the device is lost."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or len(self._engine) or self._closed)
+            self._changed.wait_for(lambda: self._ready or len(self._engine) or self._closed or self.broken)
             ready, self._ready = list(self._ready), deque()
-            closed = self._closed
+            closed = self._closed or self.broken
         for work, number, run in ready:
             if not work.ended:
                 self._engine.add(seat_of(work, number, run, self.pipeline), run)
@@ -331,7 +325,7 @@ class JobRunner:
         for key, error in forward.failed.items():
             work = self._works.get(job_of(key))
             if work is not None:
-                self._fail(work, error)
+                self._give_up(work, error)
 
     # In the threads `finish`.
 
@@ -356,7 +350,22 @@ class JobRunner:
             except StoppedError as stopped:
                 self._end_early(work, stopped.reason)
             except Exception as error:  # noqa: BLE001
-                self._fail(work, error)
+                self._give_up(work, error)
+
+    def _give_up(self, work: Work, error: Exception) -> None:
+        """A job fails by an error, but for a device that is lost: that is no job's failure, so leases lapse."""
+        if is_broken_device(error):
+            self._break(_LOST, type(error).__name__)
+        elif not self.broken:  # what fails after that may have failed by that
+            self._fail(work, error)
+
+    def _break(self, event: str, exception: str) -> None:
+        """This process can make nothing any more; said once."""
+        with self._changed:
+            if not self.broken:
+                _LOG.critical(event, exception=exception)
+            self.broken = True
+            self._changed.notify_all()
 
     def _fail(self, work: Work, error: Exception) -> None:
         self._end(work, lambda: work.claimed.fail(error, job_error))
