@@ -139,20 +139,26 @@ class Engine:
         """Runs moved and runs failed; who is in neither steps another time."""
         if not seats:
             return {}, {}
+        runs, error = self._tried(seats)
+        if error is None:
+            self._grow()
+            return {seat.key: run for seat, run in zip(seats, runs, strict=True)}, {}
+        if is_out_of_memory(error):
+            return self._with_less(seats, error)
+        if len(seats) == 1:
+            return {}, {seats[0].key: error}
+        parts = [self._step([seat]) for seat in seats]
+        return merged([part for part, _ in parts]), merged([part for _, part in parts])
+
+    def _tried(self, seats: Sequence[Seat]) -> tuple[Sequence[Any], Exception | None]:
+        """One forward: the runs moved, or why not. Once this returns, nothing holds what a failed one has computed."""
         try:
             reach("step")
-            runs = self.pipeline.step([self._runs[seat.key] for seat in seats])
+            return self.pipeline.step([self._runs[seat.key] for seat in seats]), None
         except Exception as error:  # whatever a forward raises belongs to its runs, not to the worker
             if is_broken_device(error):
                 raise BrokenDeviceError(type(error).__name__) from error
-            if is_out_of_memory(error):
-                return self._with_less(seats, error)
-            if len(seats) == 1:
-                return {}, {seats[0].key: error}
-            parts = [self._step([seat]) for seat in seats]
-            return merged([part for part, _ in parts]), merged([part for _, part in parts])
-        self._grow()
-        return {seat.key: run for seat, run in zip(seats, runs, strict=True)}, {}
+            return (), without_frames(error)
 
     def _with_less(self, seats: Sequence[Seat], error: Exception) -> tuple[dict[str, Any], dict[str, Exception]]:
         """After a want of memory: the older half alone."""
@@ -177,6 +183,17 @@ class Engine:
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All entries of all parts."""
     return {key: value for part in parts for key, value in part.items()}
+
+
+def without_frames(error: Exception) -> Exception:
+    """An error that is to be kept for a while. The frames it was raised through hold all that was computed there."""
+    chain: list[BaseException | None] = [error]
+    while chain:
+        one = chain.pop()
+        if one is not None and one.__traceback__ is not None:
+            one.__traceback__ = None
+            chain += [one.__cause__, one.__context__]
+    return error
 
 
 def is_out_of_memory(error: Exception) -> bool:

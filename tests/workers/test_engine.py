@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -196,3 +197,54 @@ def test_a_want_of_memory_is_no_lost_device(error: Exception) -> None:
 def test_other_errors_are_neither(error: Exception) -> None:
     """What a job brings about itself says nothing of the device, whatever its words are."""
     assert not is_broken_device(error) and not is_out_of_memory(error)
+
+
+class Held:
+    """Stands for what a forward has computed; counts those that something holds."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        Held.alive += 1
+
+    def __del__(self) -> None:
+        Held.alive -= 1
+
+
+class HoldingDevice(Device):
+    """Its forwards compute something before they fail. `seen`: how much was held at each begin and each release."""
+
+    def __init__(self, room: int = 10**9, bad: Sequence[str] = ()) -> None:
+        super().__init__(room, bad)
+        self.seen: list[int] = []
+
+    def step(self, runs: Sequence[Any]) -> Sequence[Any]:
+        self.seen.append(Held.alive)
+        computed = Held()
+        try:
+            return super().step(runs)
+        except ValueError as error:
+            raise RuntimeError("the computation has failed") from error
+        finally:
+            assert computed is not None
+
+    def release_memory(self) -> None:
+        self.seen.append(Held.alive)
+
+
+def test_a_failed_forward_holds_nothing() -> None:
+    """What it has computed is free before memory is given back, before the next try, and in what is told of a failure;
+    without waiting for a collection. Errors hold their frames, and frames all that a forward has computed."""
+    runs = [Count(f"run{number}", 3) for number in range(8)]
+    short, bad = HoldingDevice(room=15), HoldingDevice(bad=["run3"])
+    engine = engine_of(bad, runs, Budget(1000, 8))
+    gc.disable()
+    try:
+        assert engine_of(short, runs, Budget(1000, 8)).forward().failed == {}
+        engine.forward()
+        failed = engine.forward().failed
+        assert list(failed) == ["run3"] and Held.alive == 0
+    finally:
+        gc.enable()
+    assert len(short.seen) == 7 and set(short.seen) == {0}
+    assert set(bad.seen) == {0}
