@@ -37,7 +37,7 @@ from workers.inference.hands import Hands
 from workers.inference.metrics import InHand, WorkerMetrics
 from workers.inference.preparation import Encoder, prepare
 from workers.inference.scribe import Scribe
-from workers.inference.seats import Sizes, image_of, job_of, seat_of
+from workers.inference.seats import Sizes, image_of, seat_of, work_of
 from workers.inference.turns import Turns
 from workers.inference.works import Work
 from workers.jobs import CUSTOMIZE
@@ -150,7 +150,10 @@ class JobRunner:
         claimed = ClaimedJob(self.ledger, Claim(job_id, token, time.monotonic()), self.settings.commit_patience_s)
         work = Work(claimed, self._scribe, JobTrace(self._tracing))
         with self._changed:
-            self._works[job_id] = work
+            for other in self._works.values():
+                if other.claimed.claim.job_id == job_id:
+                    other.stopped = "lost"
+            self._works[work.key] = work
         self._guarded(work, self._read)
 
     def stop(self) -> None:
@@ -168,9 +171,9 @@ class JobRunner:
             self._changed.wait_for(lambda: not self._works or self.broken, timeout_s)
             return not self._works
 
-    def hear(self, job_id: str, reason: Stop) -> None:
+    def hear(self, claim: Claim, reason: Stop) -> None:
         """A job is not to go on, as a beat was answered: it is ended before its preparation or the next forward."""
-        work = self._works.get(job_id)
+        work = self._works.get(claim.key)
         if work is not None:
             with self._changed:
                 work.stopped = reason
@@ -282,7 +285,7 @@ class JobRunner:
             if not work.ended:
                 self._engine.add(seat_of(work, number, run, self.pipeline), run)
         for key in self._engine.running():
-            work = self._works.get(job_of(key))
+            work = self._works.get(work_of(key))
             if work is None or work.ended:
                 self._engine.drop(key)
             elif work.stop is not None:
@@ -307,12 +310,12 @@ class JobRunner:
         now = time.monotonic()
         for claim in self.claims:
             claim.moved_at = now  # Who waits for a turn is as alive as who has it.
-        moved = Counter(job_of(key) for key in forward.moved)
-        for job_id, steps in moved.items():
-            if (work := self._works.get(job_id)) is not None and not work.ended:
+        moved = Counter(work_of(key) for key in forward.moved)
+        for key, steps in moved.items():
+            if (work := self._works.get(key)) is not None and not work.ended:
                 work.step(steps, forward.seconds)
         for key, run in forward.moved.items():
-            work = self._works.get(job_of(key))
+            work = self._works.get(work_of(key))
             if work is None:
                 continue
             act: Callable[[Work], None] | None = None
@@ -323,7 +326,7 @@ class JobRunner:
             if act is not None:
                 self._finishing.put(work.place, partial(self._guarded, work, act))
         for key, error in forward.failed.items():
-            work = self._works.get(job_of(key))
+            work = self._works.get(work_of(key))
             if work is not None:
                 self._give_up(work, error)
 
@@ -391,7 +394,7 @@ class JobRunner:
             for image in work.images.values():
                 self.store.discard(image.name)
         with self._changed:
-            self._works.pop(job_id, None)
+            self._works.pop(work.key, None)
             self._changed.notify_all()
         work.trace.end(end or "lost")
         if end is not None:

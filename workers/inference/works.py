@@ -52,6 +52,11 @@ class Work:
         return cast("CustomizeJob", self._job)
 
     @property
+    def key(self) -> str:
+        """Names it in this worker; see `Claim.key`."""
+        return self.claimed.claim.key
+
+    @property
     def ids(self) -> dict[str, str]:
         """What each line of the log says of it."""
         request = {"request_id": self._job.request_id} if self._job and self._job.request_id else {}
@@ -94,7 +99,7 @@ class Work:
         """
         self.claimed.claim.moved_at = time.monotonic()
         self.trace.phase(phase)
-        self.scribe.tell(self.job.id, self.claimed.beat, Progress(phase, self.steps, self._total))
+        self.scribe.tell(self.claimed, Progress(phase, self.steps, self._total))
         self.check()
 
     def check(self) -> None:
@@ -111,11 +116,11 @@ class Work:
         self.steps += steps
         self.spend("denoise_s", seconds)
         self.trace.note(steps=self.steps, device_s=round(self.timings["denoise_s"], 4))
-        self.scribe.tell(self.job.id, self.claimed.beat, Progress("denoise", self.steps, self._total))
+        self.scribe.tell(self.claimed, Progress("denoise", self.steps, self._total))
 
     def show(self, preview: bytes) -> None:
         """A small picture of how far it is."""
-        self.scribe.tell(self.job.id, self.claimed.beat, Progress("denoise", self.steps, self._total), preview)
+        self.scribe.tell(self.claimed, Progress("denoise", self.steps, self._total), preview)
 
     def spend(self, phase: str, seconds: float) -> None:
         """Count time for a phase."""

@@ -197,7 +197,7 @@ class LostMeanwhile(StandinPipeline):
         self.lost = threading.Event()
         self.other = threading.Event()
 
-    def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:
+    def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:  # noqa: ARG002
         if prompt == "first":
             assert self.other.wait(60)
             raise RuntimeError("CUDA error: unspecified launch failure")
