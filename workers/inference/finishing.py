@@ -35,7 +35,7 @@ def publish_image(work: Work, number: int, run: Any, pipeline: Decoder, store: A
     data = pictures.encode(pixels, job.output_format)
     name = f"{job.id}.{work.claimed.claim.token}.{number}.{job.output_format}"
     height, width, _ = pixels.shape
-    work.images[number] = ImageArtifact(
+    image = ImageArtifact(
         name=name,
         sha256=store.publish(name, data),
         media_type=pictures.media_type(job.output_format),
@@ -45,6 +45,8 @@ def publish_image(work: Work, number: int, run: Any, pipeline: Decoder, store: A
         seed=seed_of(work, number),
     )
     work.spend("decode_s", time.perf_counter() - began)
+    if not work.keep(number, image):
+        store.discard(name)
 
 
 def show_image(work: Work, run: Any, pipeline: Decoder) -> None:

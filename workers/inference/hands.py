@@ -7,6 +7,10 @@ import threading
 from collections.abc import Callable
 from itertools import count
 
+import structlog
+
+_LOG = structlog.stdlib.get_logger("workers.inference.hands")
+
 Place = tuple[bool, int, int]
 """The smaller, the sooner; see `Work.place`."""
 
@@ -51,4 +55,13 @@ class Hands:
                 if self._closed:
                     return
                 act = heapq.heappop(self._line)[2]
-            act()
+            survive(act)
+
+
+def survive(act: Callable[[], object]) -> None:
+    """Do what should raise nothing. If it does all the same, its thread is still needed by everybody else."""
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001
+        name = threading.current_thread().name
+        _LOG.error("a thread goes on after an error", thread=name, exception=type(error).__name__)

@@ -33,7 +33,7 @@ from workers.failpoints import reach
 from workers.inference.caches import MIB, Caches
 from workers.inference.failures import job_error
 from workers.inference.finishing import Decoder, publish_image, seed_of, show_image, wants_preview
-from workers.inference.hands import Hands
+from workers.inference.hands import Hands, survive
 from workers.inference.metrics import InHand, WorkerMetrics
 from workers.inference.preparation import Encoder, prepare
 from workers.inference.scribe import Scribe
@@ -239,7 +239,7 @@ class JobRunner:
                 if self._closed or self.broken or work is None:
                     return
                 self._turns.take(work)
-            self._guarded(work, self._prepare)
+            survive(partial(self._guarded, work, self._prepare))
 
     def _next_work(self) -> Work | None:
         return self._turns.next([work for work in self._works.values() if work.at_work])
@@ -337,7 +337,7 @@ class JobRunner:
         if work.denoised:
             work.tell_phase("decode")
         publish_image(work, image_of(key), run, self.pipeline, self.store)
-        if len(work.images) == work.job.num_images:
+        if len(work.published()) == work.job.num_images:
             self._scribe.settle(_HEARD_S)
             work.check()
             self._end(work, lambda: work.claimed.succeed(work.result()))
@@ -383,21 +383,28 @@ class JobRunner:
         """End a job once; only one that succeeds keeps its pictures. None if it had ended or could not be written."""
         if not work.take_end():
             return None
-        end: End | None = None
-        job_id = work.claimed.claim.job_id
         work.trace.phase("commit")
+        end: End | None = None
+        try:
+            end = self._written(work, write)
+        finally:
+            with self._changed:
+                self._works.pop(work.key, None)
+                self._changed.notify_all()
+        work.trace.end(end or "lost")
+        if end is not None:
+            self.metrics.ended(end, work.seconds(), work.timings, len(work.published()))
+            _LOG.info("job ended", job_id=work.claimed.claim.job_id, state=end, seconds=work.seconds())
+        return end
+
+    def _written(self, work: Work, write: Callable[[], End]) -> End | None:
+        end: End | None = None
         try:
             end = write()
         except RedisError as error:  # The lease lapses, and the job is run again.
+            job_id = work.claimed.claim.job_id
             _LOG.warning("redis was away for too long", job_id=job_id, exception=type(error).__name__)
         if end != "succeeded":
-            for image in work.images.values():
+            for image in work.published():
                 self.store.discard(image.name)
-        with self._changed:
-            self._works.pop(work.key, None)
-            self._changed.notify_all()
-        work.trace.end(end or "lost")
-        if end is not None:
-            self.metrics.ended(end, work.seconds(), work.timings, len(work.images))
-            _LOG.info("job ended", job_id=job_id, state=end, seconds=work.seconds())
         return end

@@ -133,10 +133,22 @@ class Work:
             first, self.ended = not self.ended, True
         return first
 
+    def keep(self, number: int, image: ImageArtifact) -> bool:
+        """Note a published picture; False if the job has ended meanwhile, so that nobody wants it."""
+        with self._lock:
+            if not self.ended:
+                self.images[number] = image
+            return not self.ended
+
+    def published(self) -> list[ImageArtifact]:
+        """The pictures noted so far, in order; none is added once the end is taken."""
+        with self._lock:
+            return [image for _, image in sorted(self.images.items())]
+
     def result(self) -> JobResult:
         """What is committed."""
         return JobResult(
-            images=tuple(image for _, image in sorted(self.images.items())),
+            images=tuple(self.published()),
             timings={name: round(seconds, 4) for name, seconds in self.timings.items()},
             cache=dict(self.cache),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,3 +63,20 @@ def test_nothing_is_begun_after_the_end() -> None:
     free.set()
     hands.close(wait=True)
     assert done == ["at work"]
+
+
+def test_what_fails_ends_no_hand() -> None:
+    """A task that raises, against its promise, is written down without its words; its thread goes on with the next."""
+    done = threading.Event()
+    hands = Hands(1, "hands", lambda: None)
+
+    def fail() -> None:
+        raise LookupError("canary")
+
+    with structlog.testing.capture_logs() as logs:
+        hands.put((False, 0, 0), fail)
+        hands.put((False, 1, 0), done.set)
+        assert done.wait(30)
+    hands.close(wait=True)
+    assert [(log["log_level"], log["exception"]) for log in logs] == [("error", "LookupError")]
+    assert "canary" not in repr(logs)

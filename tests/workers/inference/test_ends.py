@@ -1,0 +1,103 @@
+"""How jobs end while other threads still work on them, and what an end that goes wrong leaves behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+from numpy.typing import NDArray
+
+from tests.waiting import wait_for
+from tests.workers.conftest import MakeJob
+from tests.workers.inference.conftest import Make
+from tests.workers.inference.test_runner import run, stored
+from tests.workers.standin import StandinPipeline
+from workers import failpoints
+from workers.artifacts import ArtifactStore
+from workers.inference.runner import JobRunner
+from workers.jobs import CUSTOMIZE, JobStatus
+from workers.ledger import Ledger
+from workers.settings import WorkerSettings
+
+
+class SecondHeld(StandinPipeline):
+    """Its second picture is decoded once it is let go; the steps of the third wait until a cancel is heard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decodes = 0
+        self.reached, self.let_go, self.heard = threading.Event(), threading.Event(), threading.Event()
+
+    def step(self, runs: Sequence[Any]) -> Sequence[Any]:
+        if runs[0].seed == 9:
+            assert self.heard.wait(60)
+        return super().step(runs)
+
+    def decode(self, run: Any) -> NDArray[np.uint8]:
+        self.decodes += 1
+        if self.decodes == 2:
+            self.reached.set()
+            assert self.let_go.wait(60)
+        return super().decode(run)
+
+
+class PublishesMeanwhile(ArtifactStore):
+    """While a picture is discarded the next one is published."""
+
+    pipeline: SecondHeld
+    published: threading.Event
+
+    def publish(self, name: str, data: bytes) -> str:
+        digest = super().publish(name, data)
+        if self.pipeline.reached.is_set():
+            self.published.set()
+        return digest
+
+    def discard(self, name: str) -> None:
+        self.pipeline.let_go.set()
+        assert self.published.wait(60)
+        threading.Event().wait(0.2)
+        super().discard(name)
+
+
+def test_pictures_published_while_a_job_ends_are_taken_away_too(
+    client: redis.Redis, store: ArtifactStore, make_job: MakeJob
+) -> None:
+    """A cancel is heard while a picture is decoded: the job is let go of, all of its pictures are gone, and the next
+    one is decoded by the same thread."""
+    busy = PublishesMeanwhile(store.root)
+    busy.pipeline, busy.published = SecondHeld(), threading.Event()
+    settings = WorkerSettings(commit_patience_s=5.0, grace_s=0.0, forward_runs=1)
+    runner = JobRunner(busy.pipeline, Ledger(client, CUSTOMIZE), busy, settings, "w")
+    runner.ledger.accept(make_job("job_1", num_images=3, steps=3))
+    runner.run("job_1")
+    assert busy.pipeline.reached.wait(60)
+    runner.ledger.cancel("job_1")
+    runner.hear(runner.claims[0], "canceled")
+    busy.pipeline.heard.set()
+    assert runner.wait(60)
+    record = runner.ledger.get("job_1")
+    assert record is not None and record.status is JobStatus.CANCELED
+    wait_for(lambda: busy.published.is_set() and not stored(store), "its pictures to go")
+    assert run(runner, make_job("job_2")).status is JobStatus.SUCCEEDED
+    runner.close()
+
+
+@pytest.mark.parametrize("point", ["before_commit", "committed"])
+def test_an_end_that_raises_leaves_the_worker_fit(make_runner: Make, make_job: MakeJob, point: str) -> None:
+    """Whatever happens around the commit, the job is not in hand any more and the next one is brought to its end."""
+    runner = make_runner()
+    runner.ledger.accept(make_job("job_1"))
+    failpoints.arm(f"{point}=raise")
+    runner.run("job_1")
+    assert runner.wait(20)
+    record = runner.ledger.get("job_1")
+    assert record is not None
+    assert record.status is (JobStatus.RUNNING if point == "before_commit" else JobStatus.SUCCEEDED)
+    if record.result is not None:
+        assert stored(runner.store) == {record.result.images[0].name}, "what is committed stays"
+    assert run(runner, make_job("job_2")).status is JobStatus.SUCCEEDED
