@@ -12,6 +12,7 @@ from workers import pictures
 from workers.artifacts import ArtifactStore
 from workers.inference.works import Work
 from workers.jobs import ImageArtifact
+from workers.ledger import MAX_PREVIEW_BYTES
 
 SEEDS = 2**64
 
@@ -50,8 +51,13 @@ def publish_image(work: Work, number: int, run: Any, pipeline: Decoder, store: A
 
 
 def show_image(work: Work, run: Any, pipeline: Decoder) -> None:
-    """Send a small picture of what a run is heading for on its way."""
-    work.show(pictures.encode(pipeline.preview(run), "jpeg"))
+    """Send a small picture of what a run is heading for on its way, smaller still if the ledger would not take it."""
+    pixels = pipeline.preview(run)
+    data = pictures.encode(pixels, "jpeg")
+    while len(data) > MAX_PREVIEW_BYTES:
+        pixels = np.ascontiguousarray(pixels[::2, ::2])
+        data = pictures.encode(pixels, "jpeg")
+    work.show(data)
 
 
 def wants_preview(work: Work, number: int, run: Any) -> bool:

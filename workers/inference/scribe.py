@@ -8,10 +8,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import structlog
+
 from workers.caretaker import Claim
 from workers.claims import ClaimedJob, Stop
 from workers.jobs import CustomizeJob, JobResult, Progress
 
+_LOG = structlog.stdlib.get_logger("workers.inference.scribe")
 Told = ClaimedJob[CustomizeJob, Progress, JobResult]
 
 
@@ -60,9 +63,13 @@ class Scribe(threading.Thread):
                     return
                 claimed, progress, preview = self._words.pop(next(iter(self._words)))
                 self._telling = True
-            answer = claimed.beat(progress, preview)
-            if answer != "ok":
-                self._stopped(claimed.claim, answer)
-            with self._changed:
-                self._telling = False
-                self._changed.notify_all()
+            try:
+                answer = claimed.beat(progress, preview)
+                if answer != "ok":
+                    self._stopped(claimed.claim, answer)
+            except Exception as error:  # noqa: BLE001 - without this thread no job's progress is told any more
+                _LOG.error("beat not made", job_id=claimed.claim.job_id, exception=type(error).__name__)
+            finally:
+                with self._changed:
+                    self._telling = False
+                    self._changed.notify_all()
