@@ -5,6 +5,7 @@
     `engine`      forward after forward, each over the runs that the planner chooses ─▶ runs that have ended
     `finish`      decode, encode, publish, small jobs first ─▶ commit after a job's last image; a thread for each lane
     `scribe`      beats: progress out, cancellation in
+    `end`         commits, failures and all other ends, written into the ledger
 
 Running is at-least-once, its effect exactly-once: all that leaves this file carries the claim's token. A job is ended
 by whoever takes its end first (`Work.take_end`): the last image, a failure, a cancel, or the process that leaves.
@@ -16,22 +17,19 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
-from redis.exceptions import RedisError
 from structlog.contextvars import bound_contextvars
 
-from workers import queues
 from workers.artifacts import ArtifactStore
 from workers.caretaker import Claim, to_hand_over
-from workers.claims import ClaimedJob, End, Stop, StoppedError
+from workers.claims import ClaimedJob, Stop, StoppedError
 from workers.engine import BrokenDeviceError, Engine, Forward, is_broken_device
 from workers.failpoints import reach
 from workers.inference.caches import MIB, Caches
-from workers.inference.failures import job_error
+from workers.inference.ends import Ends
 from workers.inference.finishing import Decoder, publish_image, seed_of, show_image, wants_preview
 from workers.inference.hands import Hands, survive
 from workers.inference.metrics import InHand, WorkerMetrics
@@ -40,7 +38,6 @@ from workers.inference.scribe import Scribe
 from workers.inference.seats import Sizes, image_of, seat_of, work_of
 from workers.inference.turns import Turns
 from workers.inference.works import Work
-from workers.jobs import CUSTOMIZE
 from workers.ledger import CustomizeLedger
 from workers.pictures import PictureLimits
 from workers.references import Purges
@@ -108,6 +105,7 @@ class JobRunner:
         self._leaving = self._closed = False
         self._yields_until = 0.0
         self._finishing = Hands(pipeline.num_lanes, "finish", pipeline.settle_thread)
+        self._ends = Ends(store, self.metrics, self._let_go)
         self._scribe = Scribe(self.hear)
         self.metrics.watch(self._in_hand)
         self._threads = [
@@ -181,7 +179,7 @@ class JobRunner:
 
     def hand_over(self) -> None:
         """Other workers are idle: give them half of the jobs of which no step is made, and take none for a moment."""
-        works = list(self._works.values())
+        works = [work for work in list(self._works.values()) if not work.ended]
         waiting = [work for work in works if not work.begun]
         given = waiting[len(waiting) - to_hand_over(len(waiting), len(works)) :]
         if given:
@@ -189,7 +187,7 @@ class JobRunner:
             _LOG.info("jobs handed over", jobs=len(given))
             self.metrics.handed_over(len(given))
         for work in reversed(given):
-            self._end_early(work, "leaving")
+            self._ends.stop(work, "leaving")
 
     def tidy(self) -> None:
         """Drop what was made of references that were deleted meanwhile.
@@ -204,10 +202,10 @@ class JobRunner:
         self._leaving = True
         if not self.broken:
             for work in [work for work in list(self._works.values()) if not work.begun]:
-                self._end_early(work, "leaving")
+                self._ends.stop(work, "leaving")
             if not self.wait(self.settings.grace_s):
                 for work in list(self._works.values()):
-                    self._end_early(work, "leaving")
+                    self._ends.stop(work, "leaving")
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -216,6 +214,12 @@ class JobRunner:
         for thread in self._threads:
             if not self.broken:
                 thread.join()
+        self._ends.close()
+
+    def _let_go(self, work: Work) -> None:
+        with self._changed:
+            self._works.pop(work.key, None)
+            self._changed.notify_all()
 
     def _in_hand(self) -> InHand:
         works = list(self._works.values())
@@ -289,7 +293,7 @@ class JobRunner:
             if work is None or work.ended:
                 self._engine.drop(key)
             elif work.stop is not None:
-                self._end_early(work, work.stop)
+                self._ends.stop(work, work.stop)
                 self._engine.drop(key)
         return not closed
 
@@ -340,9 +344,9 @@ class JobRunner:
         if len(work.published()) == work.job.num_images:
             self._scribe.settle(_HEARD_S)
             work.check()
-            self._end(work, lambda: work.claimed.succeed(work.result()))
+            self._ends.succeed(work)
 
-    # Ends, in any thread.
+    # In any thread.
 
     def _guarded(self, work: Work, act: Callable[[Work], None]) -> None:
         """The outermost shell of what the pools do for a job: nothing may pass it unrecorded."""
@@ -351,7 +355,7 @@ class JobRunner:
                 if not work.ended:
                     act(work)
             except StoppedError as stopped:
-                self._end_early(work, stopped.reason)
+                self._ends.stop(work, stopped.reason)
             except Exception as error:  # noqa: BLE001
                 self._give_up(work, error)
 
@@ -360,7 +364,7 @@ class JobRunner:
         if is_broken_device(error):
             self._break(_LOST, type(error).__name__)
         elif not self.broken:  # what fails after that may have failed by that
-            self._fail(work, error)
+            self._ends.fail(work, error)
 
     def _break(self, event: str, exception: str) -> None:
         """This process can make nothing any more; said once."""
@@ -369,42 +373,3 @@ class JobRunner:
                 _LOG.critical(event, exception=exception)
             self.broken = True
             self._changed.notify_all()
-
-    def _fail(self, work: Work, error: Exception) -> None:
-        self._end(work, lambda: work.claimed.fail(error, job_error))
-
-    def _end_early(self, work: Work, reason: Stop) -> None:
-        end = self._end(work, lambda: work.claimed.stop(reason))
-        if end == "leaving":
-            with suppress(RedisError):  # Another worker's caretaker finds a job that waits without a delivery.
-                queues.ring_again(self.ledger.redis, CUSTOMIZE, work.claimed.claim.job_id)
-
-    def _end(self, work: Work, write: Callable[[], End]) -> End | None:
-        """End a job once; only one that succeeds keeps its pictures. None if it had ended or could not be written."""
-        if not work.take_end():
-            return None
-        work.trace.phase("commit")
-        end: End | None = None
-        try:
-            end = self._written(work, write)
-        finally:
-            with self._changed:
-                self._works.pop(work.key, None)
-                self._changed.notify_all()
-        work.trace.end(end or "lost")
-        if end is not None:
-            self.metrics.ended(end, work.seconds(), work.timings, len(work.published()))
-            _LOG.info("job ended", job_id=work.claimed.claim.job_id, state=end, seconds=work.seconds())
-        return end
-
-    def _written(self, work: Work, write: Callable[[], End]) -> End | None:
-        end: End | None = None
-        try:
-            end = write()
-        except RedisError as error:  # The lease lapses, and the job is run again.
-            job_id = work.claimed.claim.job_id
-            _LOG.warning("redis was away for too long", job_id=job_id, exception=type(error).__name__)
-        if end != "succeeded":
-            for image in work.published():
-                self.store.discard(image.name)
-        return end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from tests.workers.standin import StandinPipeline
 from workers import failpoints
 from workers.artifacts import ArtifactStore
 from workers.inference.runner import JobRunner
-from workers.jobs import CUSTOMIZE, JobStatus
+from workers.jobs import CUSTOMIZE, CustomizeJob, JobResult, JobStatus, Progress
 from workers.ledger import Ledger
 from workers.settings import WorkerSettings
 
@@ -101,3 +101,78 @@ def test_an_end_that_raises_leaves_the_worker_fit(make_runner: Make, make_job: M
     if record.result is not None:
         assert stored(runner.store) == {record.result.images[0].name}, "what is committed stays"
     assert run(runner, make_job("job_2")).status is JobStatus.SUCCEEDED
+
+
+class AwayLedger(Ledger[CustomizeJob, Progress, JobResult]):
+    """Whose Redis is away while `away` is set."""
+
+    away: threading.Event
+
+    def _call(self, script: Any, *arguments: str | float | bytes) -> Any:
+        if self.away.is_set():
+            raise redis.ConnectionError
+        return super()._call(script, *arguments)
+
+
+def away_runner(pipeline: StandinPipeline, store: ArtifactStore, client: redis.Redis, patience_s: float) -> JobRunner:
+    ledger = AwayLedger(client, CUSTOMIZE, lease_s=60.0)
+    ledger.away = threading.Event()
+    settings = WorkerSettings(commit_patience_s=patience_s, grace_s=0.0)
+    return JobRunner(pipeline, ledger, store, settings, "w")
+
+
+class Watched(StandinPipeline):
+    """Steps of the prompt `bad` fail; Redis is sent away just before."""
+
+    away: threading.Event
+    done: threading.Event
+
+    def step(self, runs: Sequence[Any]) -> Sequence[Any]:
+        if any(run.request.prompt == "bad" and run.step == 1 for run in runs):
+            self.away.set()
+            raise KeyError("bad")
+        moved = super().step(runs)
+        if any(run.done for run in moved):
+            self.done.set()
+        return moved
+
+
+def test_an_end_that_waits_for_redis_holds_up_no_forward(
+    client: redis.Redis, store: ArtifactStore, make_job: MakeJob
+) -> None:
+    """While Redis is away one job fails: another one is denoised to its end all the same, both are told of later."""
+    pipeline = Watched()
+    runner = away_runner(pipeline, store, client, patience_s=60.0)
+    pipeline.away, pipeline.done = cast("AwayLedger", runner.ledger).away, threading.Event()
+    runner.ledger.accept(make_job("good", steps=8))
+    runner.ledger.accept(make_job("bad", steps=9, prompt="bad"))
+    runner.run("good")
+    runner.run("bad")
+    assert pipeline.away.wait(60)
+    assert pipeline.done.wait(20), "all steps of the good one, without Redis"
+    pipeline.away.clear()
+    assert runner.wait(60)
+    runner.close()
+    records = [runner.ledger.get(name) for name in ("good", "bad")]
+    assert [record and record.status for record in records] == [JobStatus.SUCCEEDED, JobStatus.FAILED]
+
+
+def test_leaving_without_redis_is_patient_once_and_not_for_each_job(
+    client: redis.Redis, store: ArtifactStore, make_job: MakeJob
+) -> None:
+    """The caretaker's thread that hands jobs over is not held up, and who leaves waits for all jobs at once."""
+    held = threading.Event()
+    runner = away_runner(StandinPipeline(lambda _: held.wait(60)), store, client, patience_s=2.0)
+    for number in range(40):
+        runner.ledger.accept(make_job(f"job_{number}"))
+        runner.run(f"job_{number}")
+    cast("AwayLedger", runner.ledger).away.set()
+    leaving = [threading.Thread(target=runner.hand_over), threading.Thread(target=runner.close)]
+    leaving[0].start()
+    leaving[0].join(20)
+    assert not leaving[0].is_alive()
+    held.set()
+    leaving[1].start()
+    leaving[1].join(40)
+    assert not leaving[1].is_alive()
+    assert runner.claims == []
