@@ -34,6 +34,7 @@ from workers.inference.finishing import Decoder, publish_image, seed_of, show_im
 from workers.inference.hands import Hands, survive
 from workers.inference.metrics import InHand, WorkerMetrics
 from workers.inference.preparation import Encoder, prepare
+from workers.inference.room import Room
 from workers.inference.scribe import Scribe
 from workers.inference.seats import Sizes, image_of, seat_of, work_of
 from workers.inference.turns import Turns
@@ -98,6 +99,7 @@ class JobRunner:
         """The device is lost: the process is to end."""
         budget = settings.budget(pipeline.num_lanes)
         self._engine = Engine(pipeline, budget)
+        self._room = Room(pipeline.release_memory)
         self._works: dict[str, Work] = {}
         self._turns = Turns(_PICTURES_AHEAD + budget.runs)
         self._ready: deque[tuple[Work, int, Any]] = deque()
@@ -252,8 +254,10 @@ class JobRunner:
         work.check()
         work.claimed.begin()
         job = work.job
-        prepared = prepare(
-            job, self.pipeline, self.store, self.caches, PictureLimits(), work.tell_phase, self._registry
+        prepared = self._room.try_twice(
+            lambda: prepare(
+                job, self.pipeline, self.store, self.caches, PictureLimits(), work.tell_phase, self._registry
+            )
         )
         work.timings |= prepared.timings
         work.cache |= prepared.used
@@ -261,7 +265,8 @@ class JobRunner:
         self._scribe.settle(_HEARD_S)
         work.check()
         for number in range(job.num_images):
-            run = self.pipeline.start(prepared.encoded, seed_of(work, number))
+            seed = seed_of(work, number)
+            run = self._room.try_twice(partial(self.pipeline.start, prepared.encoded, seed))
             with self._changed:
                 work.ready = True
                 self._ready.append((work, number, run))
@@ -272,12 +277,16 @@ class JobRunner:
     def _run(self) -> None:
         try:
             while self._wait_for_runs():
-                self._account(self._engine.forward(brief=self._somebody_is_coming()))
+                self._account(self._forward())
                 self._scribe.settle(_HEARD_S)
         except BrokenDeviceError as error:
             self._break(_LOST, str(error))
         except Exception as error:  # noqa: BLE001 - without this thread the process would hold jobs for nothing
             self._break("the engine has failed: this worker ends", type(error).__name__)
+
+    def _forward(self) -> Forward:
+        with self._room.forward():
+            return self._engine.forward(brief=self._somebody_is_coming())
 
     def _wait_for_runs(self) -> bool:
         """Let in what is ready and drop what has ended; False when closed, or the device is lost."""
@@ -326,7 +335,7 @@ class JobRunner:
             if run.done:
                 act = partial(self._finish, key=key, run=run)
             elif wants_preview(work, image_of(key), run):
-                act = partial(show_image, run=run, pipeline=self.pipeline)
+                act = partial(self._show, run=run)
             if act is not None:
                 self._finishing.put(work.place, partial(self._guarded, work, act))
         for key, error in forward.failed.items():
@@ -340,11 +349,14 @@ class JobRunner:
         """Decode and publish an image, and commit after the last one."""
         if work.denoised:
             work.tell_phase("decode")
-        publish_image(work, image_of(key), run, self.pipeline, self.store)
+        self._room.try_twice(lambda: publish_image(work, image_of(key), run, self.pipeline, self.store))
         if len(work.published()) == work.job.num_images:
             self._scribe.settle(_HEARD_S)
             work.check()
             self._ends.succeed(work)
+
+    def _show(self, work: Work, run: Any) -> None:
+        self._room.try_twice(lambda: show_image(work, run, self.pipeline))
 
     # In any thread.
 
