@@ -32,6 +32,11 @@ class Claim:
     token: int
     moved_at: float
 
+    @property
+    def key(self) -> str:
+        """Names it among all: a worker that loses a claim may get the same job again."""
+        return f"{self.job_id}.{self.token}"
+
 
 class Holder(Protocol):
     """Who has jobs in hand. All of it is called several times per lease, by the caretaker's thread."""
@@ -41,8 +46,8 @@ class Holder(Protocol):
         """The jobs in hand."""
         ...
 
-    def hear(self, job_id: str, reason: Literal["canceled", "expired", "lost"]) -> None:
-        """A job is not to go on."""
+    def hear(self, claim: Claim, reason: Literal["canceled", "expired", "lost"]) -> None:
+        """A claimed job is not to go on."""
         ...
 
     def hand_over(self) -> None:
@@ -177,7 +182,7 @@ class Caretaker(threading.Thread):
             if time.monotonic() - claim.moved_at < self.stall_s:
                 answer = self.ledger.beat(claim.job_id, claim.token)
                 if answer != "ok":
-                    holder.hear(claim.job_id, answer)
+                    holder.hear(claim, answer)
 
     def _share(self, holder: Holder) -> None:
         """Hand over while others have nothing to do: a queue that holds deliveries gives them enough."""

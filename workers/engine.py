@@ -21,6 +21,16 @@ from workers.planner import Account, Budget, Seat, next_forward
 _CALM_FORWARDS = 64
 """Forwards without a want of memory after which a smaller budget grows again by half."""
 
+_WANTS_OF_MEMORY = ("out of memory", "can't allocate memory", "_status_alloc_failed", "allocation_failed")
+"""In lower case: of torch and the driver, of the host, of cuBLAS and cuDNN, of cuDNN 9."""
+_LOST_DEVICES = (
+    "CUDA error",
+    "CUDA driver error",
+    "Triton Error [CUDA]",
+    "CUDNN_STATUS_EXECUTION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR",
+)
+
 
 class Steps(Protocol):
     """What moves runs: `model.pipeline.Pipeline`."""
@@ -129,20 +139,26 @@ class Engine:
         """Runs moved and runs failed; who is in neither steps another time."""
         if not seats:
             return {}, {}
+        runs, error = self._tried(seats)
+        if error is None:
+            self._grow()
+            return {seat.key: run for seat, run in zip(seats, runs, strict=True)}, {}
+        if is_out_of_memory(error):
+            return self._with_less(seats, error)
+        if len(seats) == 1:
+            return {}, {seats[0].key: error}
+        parts = [self._step([seat]) for seat in seats]
+        return merged([part for part, _ in parts]), merged([part for _, part in parts])
+
+    def _tried(self, seats: Sequence[Seat]) -> tuple[Sequence[Any], Exception | None]:
+        """One forward: the runs moved, or why not. Once this returns, nothing holds what a failed one has computed."""
         try:
             reach("step")
-            runs = self.pipeline.step([self._runs[seat.key] for seat in seats])
+            return self.pipeline.step([self._runs[seat.key] for seat in seats]), None
         except Exception as error:  # whatever a forward raises belongs to its runs, not to the worker
             if is_broken_device(error):
                 raise BrokenDeviceError(type(error).__name__) from error
-            if is_out_of_memory(error):
-                return self._with_less(seats, error)
-            if len(seats) == 1:
-                return {}, {seats[0].key: error}
-            parts = [self._step([seat]) for seat in seats]
-            return merged([part for part, _ in parts]), merged([part for _, part in parts])
-        self._grow()
-        return {seat.key: run for seat, run in zip(seats, runs, strict=True)}, {}
+            return (), without_frames(error)
 
     def _with_less(self, seats: Sequence[Seat], error: Exception) -> tuple[dict[str, Any], dict[str, Exception]]:
         """After a want of memory: the older half alone."""
@@ -169,15 +185,28 @@ def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
+def without_frames(error: Exception) -> Exception:
+    """An error that is to be kept for a while. The frames it was raised through hold all that was computed there."""
+    chain: list[BaseException | None] = [error]
+    while chain:
+        one = chain.pop()
+        if one is not None and one.__traceback__ is not None:
+            one.__traceback__ = None
+            chain += [one.__cause__, one.__context__]
+    return error
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """torch.OutOfMemoryError and its relatives are RuntimeErrors that say so."""
     if isinstance(error, MemoryError):
         return True
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return "out of memory" in text or "can't allocate memory" in text or "cublas_status_alloc_failed" in text
+    return any(sign in text for sign in _WANTS_OF_MEMORY)
 
 
 def is_broken_device(error: Exception) -> bool:
     """CUDA errors other than a want of memory stay: each later call fails too."""
-    text = str(error) if isinstance(error, RuntimeError) else ""
-    return ("CUDA error" in text or "CUDNN_STATUS_EXECUTION_FAILED" in text) and not is_out_of_memory(error)
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+        return False
+    named = any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)  # torch's, unknown here
+    return named or any(sign in str(error) for sign in _LOST_DEVICES)

@@ -30,8 +30,8 @@ class Hands:
     gave: int = 0
     tidied: int = 0
 
-    def hear(self, job_id: str, reason: str) -> None:
-        self.heard.append((job_id, reason))
+    def hear(self, claim: Claim, reason: str) -> None:
+        self.heard.append((claim.job_id, reason))
 
     def hand_over(self) -> None:
         self.gave += 1

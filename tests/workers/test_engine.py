@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -150,5 +151,100 @@ def test_a_lost_device_ends_the_engine() -> None:
     engine.forward()
     with pytest.raises(BrokenDeviceError):
         engine.forward()
-    assert not is_broken_device(RuntimeError("CUDA error: out of memory"))
-    assert not is_broken_device(ValueError("CUDA error"))
+
+
+class AcceleratorError(RuntimeError):
+    """Named like torch's own, of which a CUDA error is one since 2.8."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+        RuntimeError("CUDA driver error: unspecified launch failure"),
+        RuntimeError("Triton Error [CUDA]: device-side assert triggered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        AcceleratorError("unspecified launch failure"),
+    ],
+)
+def test_errors_of_a_lost_device(error: Exception) -> None:
+    """torch, cuBLAS, cuDNN, the driver and Triton say it in words of their own."""
+    assert is_broken_device(error) and not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        AcceleratorError("CUDA error: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_a_want_of_memory_is_no_lost_device(error: Exception) -> None:
+    """In the same words, but the process goes on."""
+    assert is_out_of_memory(error) and not is_broken_device(error)
+
+
+@pytest.mark.parametrize("error", [ValueError("CUDA error"), RuntimeError("shapes do not fit"), KeyError("CUDA error")])
+def test_other_errors_are_neither(error: Exception) -> None:
+    """What a job brings about itself says nothing of the device, whatever its words are."""
+    assert not is_broken_device(error) and not is_out_of_memory(error)
+
+
+class Held:
+    """Stands for what a forward has computed; counts those that something holds."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        Held.alive += 1
+
+    def __del__(self) -> None:
+        Held.alive -= 1
+
+
+class HoldingDevice(Device):
+    """Its forwards compute something before they fail. `seen`: how much was held at each begin and each release."""
+
+    def __init__(self, room: int = 10**9, bad: Sequence[str] = ()) -> None:
+        super().__init__(room, bad)
+        self.seen: list[int] = []
+
+    def step(self, runs: Sequence[Any]) -> Sequence[Any]:
+        self.seen.append(Held.alive)
+        computed = Held()
+        try:
+            return super().step(runs)
+        except ValueError as error:
+            raise RuntimeError("the computation has failed") from error
+        finally:
+            assert computed is not None
+
+    def release_memory(self) -> None:
+        self.seen.append(Held.alive)
+
+
+def test_a_failed_forward_holds_nothing() -> None:
+    """What it has computed is free before memory is given back, before the next try, and in what is told of a failure;
+    without waiting for a collection. Errors hold their frames, and frames all that a forward has computed."""
+    runs = [Count(f"run{number}", 3) for number in range(8)]
+    short, bad = HoldingDevice(room=15), HoldingDevice(bad=["run3"])
+    engine = engine_of(bad, runs, Budget(1000, 8))
+    gc.disable()
+    try:
+        assert engine_of(short, runs, Budget(1000, 8)).forward().failed == {}
+        engine.forward()
+        failed = engine.forward().failed
+        assert list(failed) == ["run3"] and Held.alive == 0
+    finally:
+        gc.enable()
+    assert len(short.seen) == 7 and set(short.seen) == {0}
+    assert set(bad.seen) == {0}

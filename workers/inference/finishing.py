@@ -12,6 +12,7 @@ from workers import pictures
 from workers.artifacts import ArtifactStore
 from workers.inference.works import Work
 from workers.jobs import ImageArtifact
+from workers.ledger import MAX_PREVIEW_BYTES
 
 SEEDS = 2**64
 
@@ -35,7 +36,7 @@ def publish_image(work: Work, number: int, run: Any, pipeline: Decoder, store: A
     data = pictures.encode(pixels, job.output_format)
     name = f"{job.id}.{work.claimed.claim.token}.{number}.{job.output_format}"
     height, width, _ = pixels.shape
-    work.images[number] = ImageArtifact(
+    image = ImageArtifact(
         name=name,
         sha256=store.publish(name, data),
         media_type=pictures.media_type(job.output_format),
@@ -45,11 +46,18 @@ def publish_image(work: Work, number: int, run: Any, pipeline: Decoder, store: A
         seed=seed_of(work, number),
     )
     work.spend("decode_s", time.perf_counter() - began)
+    if not work.keep(number, image):
+        store.discard(name)
 
 
 def show_image(work: Work, run: Any, pipeline: Decoder) -> None:
-    """Send a small picture of what a run is heading for on its way."""
-    work.show(pictures.encode(pipeline.preview(run), "jpeg"))
+    """Send a small picture of what a run is heading for on its way, smaller still if the ledger would not take it."""
+    pixels = pipeline.preview(run)
+    data = pictures.encode(pixels, "jpeg")
+    while len(data) > MAX_PREVIEW_BYTES:
+        pixels = np.ascontiguousarray(pixels[::2, ::2])
+        data = pictures.encode(pixels, "jpeg")
+    work.show(data)
 
 
 def wants_preview(work: Work, number: int, run: Any) -> bool:

@@ -7,6 +7,10 @@ import threading
 from collections.abc import Callable
 from itertools import count
 
+import structlog
+
+_LOG = structlog.stdlib.get_logger("workers.inference.hands")
+
 Place = tuple[bool, int, int]
 """The smaller, the sooner; see `Work.place`."""
 
@@ -29,16 +33,19 @@ class Hands:
             thread.start()
 
     def put(self, place: Place, act: Callable[[], object]) -> None:
-        """Have something done, which raises nothing. Of equal places the one that came first is first."""
+        """Have something done, which raises nothing, unless closed. Of equal places the first to come is first."""
         with self._changed:
+            if self._closed:
+                return
             heapq.heappush(self._line, (place, next(self._arrivals), act))
             self._changed.notify()
 
-    def close(self, *, wait: bool) -> None:
-        """Forget what is in line; with `wait`, until what is being done is done."""
+    def close(self, *, wait: bool, forget: bool = True) -> None:
+        """Take nothing more, and `forget` what is in line; with `wait`, until all else is done."""
         with self._changed:
             self._closed = True
-            self._line.clear()
+            if forget:
+                self._line.clear()
             self._changed.notify_all()
         for thread in self._threads if wait else ():
             thread.join()
@@ -48,7 +55,16 @@ class Hands:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._line or self._closed)
-                if self._closed:
+                if not self._line:
                     return
                 act = heapq.heappop(self._line)[2]
-            act()
+            survive(act)
+
+
+def survive(act: Callable[[], object]) -> None:
+    """Do what should raise nothing. If it does all the same, its thread is still needed by everybody else."""
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001
+        name = threading.current_thread().name
+        _LOG.error("a thread goes on after an error", thread=name, exception=type(error).__name__)

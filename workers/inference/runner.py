@@ -5,6 +5,7 @@
     `engine`      forward after forward, each over the runs that the planner chooses ─▶ runs that have ended
     `finish`      decode, encode, publish, small jobs first ─▶ commit after a job's last image; a thread for each lane
     `scribe`      beats: progress out, cancellation in
+    `end`         commits, failures and all other ends, written into the ledger
 
 Running is at-least-once, its effect exactly-once: all that leaves this file carries the claim's token. A job is ended
 by whoever takes its end first (`Work.take_end`): the last image, a failure, a cancel, or the process that leaves.
@@ -16,31 +17,28 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
-from redis.exceptions import RedisError
 from structlog.contextvars import bound_contextvars
 
-from workers import queues
 from workers.artifacts import ArtifactStore
 from workers.caretaker import Claim, to_hand_over
-from workers.claims import ClaimedJob, End, Stop, StoppedError
-from workers.engine import BrokenDeviceError, Engine, Forward
+from workers.claims import ClaimedJob, Stop, StoppedError
+from workers.engine import BrokenDeviceError, Engine, Forward, is_broken_device
 from workers.failpoints import reach
 from workers.inference.caches import MIB, Caches
-from workers.inference.failures import job_error
+from workers.inference.ends import Ends
 from workers.inference.finishing import Decoder, publish_image, seed_of, show_image, wants_preview
-from workers.inference.hands import Hands
+from workers.inference.hands import Hands, survive
 from workers.inference.metrics import InHand, WorkerMetrics
 from workers.inference.preparation import Encoder, prepare
+from workers.inference.room import Room
 from workers.inference.scribe import Scribe
-from workers.inference.seats import Sizes, image_of, job_of, seat_of
+from workers.inference.seats import Sizes, image_of, seat_of, work_of
 from workers.inference.turns import Turns
 from workers.inference.works import Work
-from workers.jobs import CUSTOMIZE
 from workers.ledger import CustomizeLedger
 from workers.pictures import PictureLimits
 from workers.references import Purges
@@ -56,6 +54,7 @@ _PICTURES_AHEAD = 8
 """Prepared beyond those of a full forward."""
 _HEARD_S = 0.05
 """The engine waits so long for its beats to be heard. A Redis that answers is faster; one that is away costs this."""
+_LOST = "the device is lost: this worker ends"
 _YIELD_S = 2.0
 """What was handed over is left to idle workers for so long."""
 
@@ -100,6 +99,7 @@ class JobRunner:
         """The device is lost: the process is to end."""
         budget = settings.budget(pipeline.num_lanes)
         self._engine = Engine(pipeline, budget)
+        self._room = Room(pipeline.release_memory)
         self._works: dict[str, Work] = {}
         self._turns = Turns(_PICTURES_AHEAD + budget.runs)
         self._ready: deque[tuple[Work, int, Any]] = deque()
@@ -107,6 +107,7 @@ class JobRunner:
         self._leaving = self._closed = False
         self._yields_until = 0.0
         self._finishing = Hands(pipeline.num_lanes, "finish", pipeline.settle_thread)
+        self._ends = Ends(store, self.metrics, self._let_go)
         self._scribe = Scribe(self.hear)
         self.metrics.watch(self._in_hand)
         self._threads = [
@@ -149,7 +150,10 @@ class JobRunner:
         claimed = ClaimedJob(self.ledger, Claim(job_id, token, time.monotonic()), self.settings.commit_patience_s)
         work = Work(claimed, self._scribe, JobTrace(self._tracing))
         with self._changed:
-            self._works[job_id] = work
+            for other in self._works.values():
+                if other.claimed.claim.job_id == job_id:
+                    other.stopped = "lost"
+            self._works[work.key] = work
         self._guarded(work, self._read)
 
     def stop(self) -> None:
@@ -167,9 +171,9 @@ class JobRunner:
             self._changed.wait_for(lambda: not self._works or self.broken, timeout_s)
             return not self._works
 
-    def hear(self, job_id: str, reason: Stop) -> None:
+    def hear(self, claim: Claim, reason: Stop) -> None:
         """A job is not to go on, as a beat was answered: it is ended before its preparation or the next forward."""
-        work = self._works.get(job_id)
+        work = self._works.get(claim.key)
         if work is not None:
             with self._changed:
                 work.stopped = reason
@@ -177,7 +181,7 @@ class JobRunner:
 
     def hand_over(self) -> None:
         """Other workers are idle: give them half of the jobs of which no step is made, and take none for a moment."""
-        works = list(self._works.values())
+        works = [work for work in list(self._works.values()) if not work.ended]
         waiting = [work for work in works if not work.begun]
         given = waiting[len(waiting) - to_hand_over(len(waiting), len(works)) :]
         if given:
@@ -185,7 +189,7 @@ class JobRunner:
             _LOG.info("jobs handed over", jobs=len(given))
             self.metrics.handed_over(len(given))
         for work in reversed(given):
-            self._end_early(work, "leaving")
+            self._ends.stop(work, "leaving")
 
     def tidy(self) -> None:
         """Drop what was made of references that were deleted meanwhile.
@@ -200,10 +204,10 @@ class JobRunner:
         self._leaving = True
         if not self.broken:
             for work in [work for work in list(self._works.values()) if not work.begun]:
-                self._end_early(work, "leaving")
+                self._ends.stop(work, "leaving")
             if not self.wait(self.settings.grace_s):
                 for work in list(self._works.values()):
-                    self._end_early(work, "leaving")
+                    self._ends.stop(work, "leaving")
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -212,6 +216,12 @@ class JobRunner:
         for thread in self._threads:
             if not self.broken:
                 thread.join()
+        self._ends.close()
+
+    def _let_go(self, work: Work) -> None:
+        with self._changed:
+            self._works.pop(work.key, None)
+            self._changed.notify_all()
 
     def _in_hand(self) -> InHand:
         works = list(self._works.values())
@@ -235,7 +245,7 @@ class JobRunner:
                 if self._closed or self.broken or work is None:
                     return
                 self._turns.take(work)
-            self._guarded(work, self._prepare)
+            survive(partial(self._guarded, work, self._prepare))
 
     def _next_work(self) -> Work | None:
         return self._turns.next([work for work in self._works.values() if work.at_work])
@@ -244,8 +254,10 @@ class JobRunner:
         work.check()
         work.claimed.begin()
         job = work.job
-        prepared = prepare(
-            job, self.pipeline, self.store, self.caches, PictureLimits(), work.tell_phase, self._registry
+        prepared = self._room.try_twice(
+            lambda: prepare(
+                job, self.pipeline, self.store, self.caches, PictureLimits(), work.tell_phase, self._registry
+            )
         )
         work.timings |= prepared.timings
         work.cache |= prepared.used
@@ -253,7 +265,8 @@ class JobRunner:
         self._scribe.settle(_HEARD_S)
         work.check()
         for number in range(job.num_images):
-            run = self.pipeline.start(prepared.encoded, seed_of(work, number))
+            seed = seed_of(work, number)
+            run = self._room.try_twice(partial(self.pipeline.start, prepared.encoded, seed))
             with self._changed:
                 work.ready = True
                 self._ready.append((work, number, run))
@@ -264,35 +277,32 @@ class JobRunner:
     def _run(self) -> None:
         try:
             while self._wait_for_runs():
-                self._account(self._engine.forward(brief=self._somebody_is_coming()))
+                self._account(self._forward())
                 self._scribe.settle(_HEARD_S)
         except BrokenDeviceError as error:
-            _LOG.critical("the device is lost: this worker ends", exception=str(error))
-            self._break()
+            self._break(_LOST, str(error))
         except Exception as error:  # noqa: BLE001 - without this thread the process would hold jobs for nothing
-            _LOG.critical("the engine has failed: this worker ends", exception=type(error).__name__)
-            self._break()
+            self._break("the engine has failed: this worker ends", type(error).__name__)
 
-    def _break(self) -> None:
-        with self._changed:
-            self.broken = True
-            self._changed.notify_all()
+    def _forward(self) -> Forward:
+        with self._room.forward():
+            return self._engine.forward(brief=self._somebody_is_coming())
 
     def _wait_for_runs(self) -> bool:
-        """Let in what is ready and drop what has ended; False when closed."""
+        """Let in what is ready and drop what has ended; False when closed, or the device is lost."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or len(self._engine) or self._closed)
+            self._changed.wait_for(lambda: self._ready or len(self._engine) or self._closed or self.broken)
             ready, self._ready = list(self._ready), deque()
-            closed = self._closed
+            closed = self._closed or self.broken
         for work, number, run in ready:
             if not work.ended:
                 self._engine.add(seat_of(work, number, run, self.pipeline), run)
         for key in self._engine.running():
-            work = self._works.get(job_of(key))
+            work = self._works.get(work_of(key))
             if work is None or work.ended:
                 self._engine.drop(key)
             elif work.stop is not None:
-                self._end_early(work, work.stop)
+                self._ends.stop(work, work.stop)
                 self._engine.drop(key)
         return not closed
 
@@ -313,25 +323,25 @@ class JobRunner:
         now = time.monotonic()
         for claim in self.claims:
             claim.moved_at = now  # Who waits for a turn is as alive as who has it.
-        moved = Counter(job_of(key) for key in forward.moved)
-        for job_id, steps in moved.items():
-            if (work := self._works.get(job_id)) is not None and not work.ended:
+        moved = Counter(work_of(key) for key in forward.moved)
+        for key, steps in moved.items():
+            if (work := self._works.get(key)) is not None and not work.ended:
                 work.step(steps, forward.seconds)
         for key, run in forward.moved.items():
-            work = self._works.get(job_of(key))
+            work = self._works.get(work_of(key))
             if work is None:
                 continue
             act: Callable[[Work], None] | None = None
             if run.done:
                 act = partial(self._finish, key=key, run=run)
             elif wants_preview(work, image_of(key), run):
-                act = partial(show_image, run=run, pipeline=self.pipeline)
+                act = partial(self._show, run=run)
             if act is not None:
                 self._finishing.put(work.place, partial(self._guarded, work, act))
         for key, error in forward.failed.items():
-            work = self._works.get(job_of(key))
+            work = self._works.get(work_of(key))
             if work is not None:
-                self._fail(work, error)
+                self._give_up(work, error)
 
     # In the threads `finish`.
 
@@ -339,13 +349,16 @@ class JobRunner:
         """Decode and publish an image, and commit after the last one."""
         if work.denoised:
             work.tell_phase("decode")
-        publish_image(work, image_of(key), run, self.pipeline, self.store)
-        if len(work.images) == work.job.num_images:
+        self._room.try_twice(lambda: publish_image(work, image_of(key), run, self.pipeline, self.store))
+        if len(work.published()) == work.job.num_images:
             self._scribe.settle(_HEARD_S)
             work.check()
-            self._end(work, lambda: work.claimed.succeed(work.result()))
+            self._ends.succeed(work)
 
-    # Ends, in any thread.
+    def _show(self, work: Work, run: Any) -> None:
+        self._room.try_twice(lambda: show_image(work, run, self.pipeline))
+
+    # In any thread.
 
     def _guarded(self, work: Work, act: Callable[[Work], None]) -> None:
         """The outermost shell of what the pools do for a job: nothing may pass it unrecorded."""
@@ -354,38 +367,21 @@ class JobRunner:
                 if not work.ended:
                     act(work)
             except StoppedError as stopped:
-                self._end_early(work, stopped.reason)
+                self._ends.stop(work, stopped.reason)
             except Exception as error:  # noqa: BLE001
-                self._fail(work, error)
+                self._give_up(work, error)
 
-    def _fail(self, work: Work, error: Exception) -> None:
-        self._end(work, lambda: work.claimed.fail(error, job_error))
+    def _give_up(self, work: Work, error: Exception) -> None:
+        """A job fails by an error, but for a device that is lost: that is no job's failure, so leases lapse."""
+        if is_broken_device(error):
+            self._break(_LOST, type(error).__name__)
+        elif not self.broken:  # what fails after that may have failed by that
+            self._ends.fail(work, error)
 
-    def _end_early(self, work: Work, reason: Stop) -> None:
-        end = self._end(work, lambda: work.claimed.stop(reason))
-        if end == "leaving":
-            with suppress(RedisError):  # Another worker's caretaker finds a job that waits without a delivery.
-                queues.ring_again(self.ledger.redis, CUSTOMIZE, work.claimed.claim.job_id)
-
-    def _end(self, work: Work, write: Callable[[], End]) -> End | None:
-        """End a job once; only one that succeeds keeps its pictures. None if it had ended or could not be written."""
-        if not work.take_end():
-            return None
-        end: End | None = None
-        job_id = work.claimed.claim.job_id
-        work.trace.phase("commit")
-        try:
-            end = write()
-        except RedisError as error:  # The lease lapses, and the job is run again.
-            _LOG.warning("redis was away for too long", job_id=job_id, exception=type(error).__name__)
-        if end != "succeeded":
-            for image in work.images.values():
-                self.store.discard(image.name)
+    def _break(self, event: str, exception: str) -> None:
+        """This process can make nothing any more; said once."""
         with self._changed:
-            self._works.pop(job_id, None)
+            if not self.broken:
+                _LOG.critical(event, exception=exception)
+            self.broken = True
             self._changed.notify_all()
-        work.trace.end(end or "lost")
-        if end is not None:
-            self.metrics.ended(end, work.seconds(), work.timings, len(work.images))
-            _LOG.info("job ended", job_id=job_id, state=end, seconds=work.seconds())
-        return end

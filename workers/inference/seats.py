@@ -20,7 +20,7 @@ def seat_of(work: Work, number: int, run: Any, pipeline: Sizes) -> Seat:
     """Image `number` of a job, now that its run is there."""
     tokens = pipeline.num_tokens(run)
     return Seat(
-        key=f"{work.job.id}/{number}",
+        key=f"{work.key}/{number}",
         tokens=tokens,
         steps=run.num_steps - run.step,
         waiting_since=time.monotonic(),
@@ -36,6 +36,6 @@ def image_of(key: str) -> int:
     return int(key.rpartition("/")[2])
 
 
-def job_of(key: str) -> str:
-    """The job of a seat's key."""
+def work_of(key: str) -> str:
+    """The work's key of a seat's key."""
     return key.rpartition("/")[0]

@@ -52,6 +52,11 @@ class Work:
         return cast("CustomizeJob", self._job)
 
     @property
+    def key(self) -> str:
+        """Names it in this worker; see `Claim.key`."""
+        return self.claimed.claim.key
+
+    @property
     def ids(self) -> dict[str, str]:
         """What each line of the log says of it."""
         request = {"request_id": self._job.request_id} if self._job and self._job.request_id else {}
@@ -94,7 +99,7 @@ class Work:
         """
         self.claimed.claim.moved_at = time.monotonic()
         self.trace.phase(phase)
-        self.scribe.tell(self.job.id, self.claimed.beat, Progress(phase, self.steps, self._total))
+        self.scribe.tell(self.claimed, Progress(phase, self.steps, self._total))
         self.check()
 
     def check(self) -> None:
@@ -111,11 +116,11 @@ class Work:
         self.steps += steps
         self.spend("denoise_s", seconds)
         self.trace.note(steps=self.steps, device_s=round(self.timings["denoise_s"], 4))
-        self.scribe.tell(self.job.id, self.claimed.beat, Progress("denoise", self.steps, self._total))
+        self.scribe.tell(self.claimed, Progress("denoise", self.steps, self._total))
 
     def show(self, preview: bytes) -> None:
         """A small picture of how far it is."""
-        self.scribe.tell(self.job.id, self.claimed.beat, Progress("denoise", self.steps, self._total), preview)
+        self.scribe.tell(self.claimed, Progress("denoise", self.steps, self._total), preview)
 
     def spend(self, phase: str, seconds: float) -> None:
         """Count time for a phase."""
@@ -128,10 +133,22 @@ class Work:
             first, self.ended = not self.ended, True
         return first
 
+    def keep(self, number: int, image: ImageArtifact) -> bool:
+        """Note a published picture; False if the job has ended meanwhile, so that nobody wants it."""
+        with self._lock:
+            if not self.ended:
+                self.images[number] = image
+            return not self.ended
+
+    def published(self) -> list[ImageArtifact]:
+        """The pictures noted so far, in order; none is added once the end is taken."""
+        with self._lock:
+            return [image for _, image in sorted(self.images.items())]
+
     def result(self) -> JobResult:
         """What is committed."""
         return JobResult(
-            images=tuple(image for _, image in sorted(self.images.items())),
+            images=tuple(self.published()),
             timings={name: round(seconds, 4) for name, seconds in self.timings.items()},
             cache=dict(self.cache),
         )

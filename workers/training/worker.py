@@ -114,7 +114,7 @@ class TrainingRunner:
     def wait(self) -> None:
         """Nothing goes on between deliveries."""
 
-    def hear(self, job_id: str, reason: Stop) -> None:
+    def hear(self, claim: Claim, reason: Stop) -> None:
         """The training's own beats tell it soon enough."""
 
     def hand_over(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,3 +63,34 @@ def test_nothing_is_begun_after_the_end() -> None:
     free.set()
     hands.close(wait=True)
     assert done == ["at work"]
+
+
+def test_what_is_not_to_be_forgotten_is_done_before_the_end() -> None:
+    """Closed without forgetting, the hands finish their line; what comes later is not taken."""
+    busy, free, done = threading.Event(), threading.Event(), list[str]()
+    hands = Hands(1, "hands", lambda: None)
+    hands.put((False, 0, 0), lambda: (busy.set(), free.wait(30), done.append("at work")))
+    assert busy.wait(30)
+    hands.put((False, 1, 0), lambda: done.append("in line"))
+    hands.close(wait=False, forget=False)
+    hands.put((False, 0, 0), lambda: done.append("too late"))
+    free.set()
+    hands.close(wait=True, forget=False)
+    assert done == ["at work", "in line"]
+
+
+def test_what_fails_ends_no_hand() -> None:
+    """A task that raises, against its promise, is written down without its words; its thread goes on with the next."""
+    done = threading.Event()
+    hands = Hands(1, "hands", lambda: None)
+
+    def fail() -> None:
+        raise LookupError("canary")
+
+    with structlog.testing.capture_logs() as logs:
+        hands.put((False, 0, 0), fail)
+        hands.put((False, 1, 0), done.set)
+        assert done.wait(30)
+    hands.close(wait=True)
+    assert [(log["log_level"], log["exception"]) for log in logs] == [("error", "LookupError")]
+    assert "canary" not in repr(logs)

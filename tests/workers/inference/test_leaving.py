@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import redis
 import structlog
+from numpy.typing import NDArray
 
 from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
@@ -129,3 +133,93 @@ def test_a_broken_engine_ends_the_worker_and_not_the_job(
     assert other.wait(60)
     other.close()
     assert states(ledger, ["job_1"]) == [(JobStatus.SUCCEEDED, 2)]
+
+
+class StickyDevice(StandinPipeline):
+    """Lost in one of its phases; from then on whatever is asked of it fails."""
+
+    def __init__(self, phase: str) -> None:
+        super().__init__()
+        self.phase = phase
+        self.lost = False
+
+    def _ask(self, phase: str) -> None:
+        self.lost |= phase == self.phase
+        if self.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:
+        self._ask("encode")
+        return super().encode_prompt(prompt, adaptation)
+
+    def start(self, encoded: Any, seed: int) -> Any:
+        self._ask("start")
+        return super().start(encoded, seed)
+
+    def step(self, runs: Sequence[Any]) -> Sequence[Any]:
+        self._ask("step")
+        return super().step(runs)
+
+    def preview(self, run: Any) -> NDArray[np.uint8]:
+        self._ask("preview")
+        return super().preview(run)
+
+    def decode(self, run: Any) -> NDArray[np.uint8]:
+        self._ask("decode")
+        return super().decode(run)
+
+
+@pytest.mark.parametrize("phase", ["encode", "start", "preview", "decode"])
+def test_a_device_lost_beside_the_forwards_ends_the_worker_too(
+    client: redis.Redis, store: ArtifactStore, make_job: MakeJob, phase: str
+) -> None:
+    """Wherever it shows first, no job fails by it and no job after it: the worker ends, as if a forward had seen it."""
+    ledger = Ledger(client, CUSTOMIZE)
+    runner = JobRunner(StickyDevice(phase), ledger, store, WorkerSettings(), "w")
+    names = [f"job_{number}" for number in range(4)]
+    for name in names:
+        ledger.accept(make_job(name, steps=2, previews=1))
+    with structlog.testing.capture_logs() as logs:
+        for name in names:
+            runner.run(name)
+        assert not runner.wait(60), "the jobs stay in hand"
+        runner.close()
+    assert runner.broken and not runner.has_room
+    assert [log["event"] for log in logs].count("the device is lost: this worker ends") == 1
+    assert states(ledger, names) == [(JobStatus.RUNNING, 1)] * 4, "until their leases lapse"
+
+
+class LostMeanwhile(StandinPipeline):
+    """One job's preparation loses the device while another one's fails by what that has left behind."""
+
+    def __init__(self) -> None:
+        super().__init__(num_lanes=2)
+        self.lost = threading.Event()
+        self.other = threading.Event()
+
+    def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:  # noqa: ARG002
+        if prompt == "first":
+            assert self.other.wait(60)
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        self.other.set()
+        assert self.lost.wait(60)
+        raise KeyError(prompt)
+
+
+def test_what_fails_on_a_lost_device_is_no_jobs_failure(
+    client: redis.Redis, store: ArtifactStore, make_job: MakeJob
+) -> None:
+    """Once the device is lost, an error of any kind may follow from that: its job is left to its lease as well."""
+    ledger, pipeline = Ledger(client, CUSTOMIZE), LostMeanwhile()
+    runner = JobRunner(pipeline, ledger, store, WorkerSettings(), "w")
+    for name in ("first", "second"):
+        ledger.accept(make_job(name, prompt=name))
+        runner.run(name)
+    assert not runner.wait(60)
+    assert runner.broken
+    preparing = [thread for thread in threading.enumerate() if thread.name == "prepare"]
+    pipeline.lost.set()
+    for thread in preparing:
+        thread.join(60)
+    runner.close()
+    assert states(ledger, ["first", "second"]) == [(JobStatus.RUNNING, 1)] * 2

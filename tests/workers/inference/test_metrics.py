@@ -96,6 +96,7 @@ def test_jobs_handed_over_are_counted(make_runner: Make, make_job: MakeJob) -> N
     try:
         runner.hand_over()
         handed = counted(runner, "handed_over_total")
+        wait_for(lambda: len(runner.claims) == 4 - handed, "them to go back")
         assert handed == counted(runner, "requests_ended_total", state="leaving") > 0
     finally:
         release.set()

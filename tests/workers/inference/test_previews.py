@@ -58,6 +58,26 @@ def test_a_preview_that_fails_fails_its_job_alone(make_runner: Make, make_job: M
     assert run(runner, make_job("job_2", steps=3)).status is JobStatus.SUCCEEDED
 
 
+class Noisy(StandinPipeline):
+    """Shows what no JPEG of that size can say in 64 KiB."""
+
+    def preview(self, run: Run) -> np.ndarray:
+        return np.random.default_rng(run.step).integers(0, 2, (160, 160, 3), dtype=np.uint8) * 255
+
+
+def test_a_preview_that_is_too_large_is_made_smaller(make_runner: Make, make_job: MakeJob) -> None:
+    """It is shown with fewer pixels, its job ends as without it, and progress is told of the next job as of any."""
+    runner = make_runner(Noisy())
+    assert len(encode(Noisy().preview(Run(None, 0, 1)), "jpeg")) > MAX_PREVIEW_BYTES
+    assert run(runner, make_job("job_1", steps=4, previews=1)).status is JobStatus.SUCCEEDED
+    shown = runner.ledger.preview("job_1")
+    assert shown is not None and len(shown) <= MAX_PREVIEW_BYTES
+    assert Image.open(io.BytesIO(shown)).size == (80, 80)
+    record = run(runner, make_job("job_2", steps=4))
+    assert record.status is JobStatus.SUCCEEDED
+    assert record.progress is not None and (record.progress.phase, record.progress.step) == ("decode", 4)
+
+
 def test_the_shipped_models_previews_are_small() -> None:
     """One pixel a latent, as JPEG far below what the ledger takes; noise at first, the picture in the end."""
     pipeline = load_pipeline(ModelSource())
