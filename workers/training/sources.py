@@ -6,7 +6,7 @@ The same number always gives the same record, so a run that is resumed sees what
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,8 +17,8 @@ from workers.training.datasets.formats import detect, open_training
 from workers.training.datasets.source import Source as Dataset
 from workers.training.recipes import DataPart, RecipeError, Stage
 from workers.training.records import Record
-from workers.training.stickerworld.settings import Settings
-from workers.training.stickerworld.tasks import TASKS
+from workers.training.stickerworld.orders import Misfit, misfits
+from workers.training.stickerworld.settings import Settings, UnknownSettingError
 from workers.training.stickerworld.world import sample
 
 
@@ -30,12 +30,8 @@ class StickerSource:
     seed: int
 
     def record(self, index: int, stage: Stage) -> Record:
-        settings = replace(self.settings, mixture=tuple(stage.mixture.items()), **stage.settings)
+        settings = replace(self.settings.changed(stage.settings), mixture=tuple(stage.mixture.items()))
         return sample(self.seed, index, settings)
-
-    def tasks(self) -> tuple[str, ...]:
-        """What a mixture can name."""
-        return tuple(TASKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +68,6 @@ class DirectorySource:
             raise RecipeError(f"{error}: run `dreamserve dataset check` and mend what it finds") from error
         return bucketed(record, self.resolution, self.reference_resolution, self.cell)
 
-    def tasks(self) -> tuple[str, ...]:
-        """What a mixture can name."""
-        return tuple(self.by_task)
-
 
 def open_source(
     data: DataPart, seed: int, *, cell: int, resolution: int, reference_resolution: int
@@ -90,8 +82,10 @@ def open_source(
     """
     if data.path is None:
         try:
-            return StickerSource(Settings(**data.settings), seed)
-        except (TypeError, ValueError) as error:
+            return StickerSource(Settings().changed(data.settings), seed)
+        except UnknownSettingError as error:
+            raise RecipeError(f"data.settings.{error.name}: {error}") from error
+        except ValueError as error:
             raise RecipeError(f"data.settings: {error}") from error
     unknown = data.settings.keys() - {"resolution", "reference_resolution"}
     if unknown:
@@ -120,12 +114,14 @@ def check_stages(source: StickerSource | DirectorySource, stages: Iterable[Stage
         RecipeError: naming the stage and what there is.
     """
     for stage in stages:
-        for task in stage.mixture:
-            if task not in source.tasks():
-                known = ", ".join(source.tasks())
-                raise RecipeError(f"stage {stage.name}: there are no records of task {task!r}; there are {known}")
-        if isinstance(source, StickerSource):
-            try:
-                replace(source.settings, **stage.settings)
-            except (TypeError, ValueError) as error:
-                raise RecipeError(f"stage {stage.name}: settings: {error}") from error
+        for path, detail in _misfits(source, stage):
+            raise RecipeError(f"stage {stage.name}: {'.'.join(path)}: {detail}")
+
+
+def _misfits(source: StickerSource | DirectorySource, stage: Stage) -> Iterator[Misfit]:
+    if isinstance(source, StickerSource):
+        yield from misfits(source.settings, stage.settings, stage.mixture, stage.batch)
+        return
+    for task in stage.mixture:
+        if task not in source.by_task:
+            yield ("mixture", task), f"there are no records of this task; there are {', '.join(source.by_task)}"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,11 @@ def test_the_shipped_recipe_says_what_the_paper_says() -> None:
             "a directory source needs a path, StickerWorld takes none",
         ),
         (TINY.replace("single_subject: 1", "single_subject: -1"), "mixture"),
+        (TINY.replace("single_subject: 1, multi_subject: 1", ""), "stages.0.mixture: .*at least 1 item"),
+        (TINY.replace("single_subject: 1", "single_subject: 1.0e+308"), "mixture.single_subject"),
+        (TINY.replace("rank: 2", "rank: 100000"), "lora.rank"),
+        (TINY.replace("batch: 2", "batch: 100000"), "stages.0.batch"),
+        (TINY.replace("steps: 3", "steps: 1000000000"), "stages.0.steps"),
     ],
 )
 def test_a_wrong_recipe_names_the_field(tmp_path: Path, text: str, message: str) -> None:
@@ -81,6 +87,32 @@ def test_a_task_without_records_is_refused() -> None:
         records_of(
             Recipe.model_validate({"name": "x", "stages": [{**stage, "mixture": {"two_column": 1}}], "data": data})
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"settings": {"size": 2048}}, "settings: size"),
+        ({"settings": {"no_such_setting": 1}}, "settings.no_such_setting"),
+        ({"settings": {"mixture": [["style_text", 1.0]]}}, "settings.mixture: .* the mixture is the stage's own"),
+        ({"settings": {"split": "heldout"}}, "settings: split must be train or held_out"),
+        ({"settings": {"placement": 5}}, "settings: placement must be grid9 or free"),
+        ({"settings": {"sizes": []}}, "settings: sizes must be fixed or named"),
+        ({"settings": {"size": "big"}}, "settings: size must be a whole number"),
+        ({"settings": {"plain": "often"}}, r"settings: plain must lie in \[0, 1\]"),
+        ({"settings": {"size": 1024}, "batch": 65}, "batch: at most 64 samples of size 1024"),
+    ],
+)
+def test_a_stage_asks_for_what_there_is(changes: dict[str, Any], field: str) -> None:
+    """What StickerWorld cannot give is refused by name before a record is made, for a stage as for all of them."""
+    stage = {"name": "one", "steps": 1, "batch": 1, "mixture": {"two_column": 1}}
+    recipe = {"name": "x", "stages": [{**stage, **changes}]}
+    with pytest.raises(RecipeError, match=f"stage one: {field}"):
+        records_of(Recipe.model_validate(recipe))
+    if "batch" not in changes:
+        field = field.replace("settings", r"data\.settings")
+        with pytest.raises(RecipeError, match=field):
+            records_of(Recipe.model_validate({"name": "x", "stages": [stage], "data": changes}))
 
 
 def test_a_directory_is_shuffled_anew_each_epoch(tmp_path: Path) -> None:
