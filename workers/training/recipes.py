@@ -268,14 +268,18 @@ class Recipe(_Part):
         ]
 
     def with_overrides(self, *, base: str | None = None, data: Path | None = None) -> Recipe:
-        """The recipe on another base model or dataset."""
-        changed: dict[str, Any] = {}
+        """The recipe on another base model or dataset, which is read with the settings of the one it replaces.
+
+        Raises:
+            RecipeError: the stages have settings of StickerWorld, which no dataset has.
+        """
+        plan: dict[str, Any] = self.model_dump()
         if base is not None:
-            changed["model"] = self.model.model_copy(update={"base": base})
+            plan["model"]["base"] = base
         if data is not None:
-            cache = (self.data.cache_gib, self.data.cache_directory)
-            changed["data"] = DataPart(source="directory", path=data, cache_gib=cache[0], cache_directory=cache[1])
-        return self.model_copy(update=changed)
+            settings = self.data.settings if self.data.source == "directory" else {}
+            plan["data"] |= {"source": "directory", "path": data, "settings": settings}
+        return _validated(plan)
 
     @property
     def essence(self) -> Mapping[str, Any]:
@@ -336,10 +340,17 @@ def load_recipe(name_or_path: str) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     try:
+        return _validated(content)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from error
+
+
+def _validated(content: Any) -> Recipe:
+    try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         faults = [
             f"{'.'.join(str(part) for part in item['loc']) or 'recipe'}: {item['msg']}"
             for item in error.errors(include_url=False, include_context=False)
         ]
-        raise RecipeError(f"{file}: " + "; ".join(faults)) from error
+        raise RecipeError("; ".join(faults)) from error

@@ -115,6 +115,24 @@ def test_a_stage_asks_for_what_there_is(changes: dict[str, Any], field: str) -> 
             records_of(Recipe.model_validate({"name": "x", "stages": [stage], "data": changes}))
 
 
+def test_another_dataset_is_read_as_the_first(tmp_path: Path) -> None:
+    """`--data` and a training's dataset change where records lie, not how large they are read; nor do they let through
+    what a recipe file could not say, so a run that is begun can be gone on with."""
+    stage = {"name": "one", "steps": 1, "batch": 1, "mixture": {"single_subject": 1}}
+    there = {"source": "directory", "path": "a", "settings": {"resolution": 512}, "cache_gib": 3}
+    plan = Recipe.model_validate({"name": "x", "stages": [stage], "data": there})
+    changed = plan.with_overrides(base="other", data=tmp_path)
+    assert changed.data == plan.data.model_copy(update={"path": tmp_path})
+    assert changed.model.base == "other" and changed == Recipe.model_validate(changed.model_dump(mode="json"))
+    stickers = {"name": "x", "stages": [stage], "data": {"settings": {"size": 96}}}
+    moved = Recipe.model_validate(stickers).with_overrides(data=tmp_path)
+    assert (moved.data.source, moved.data.settings) == ("directory", {}), "StickerWorld's settings mean nothing here"
+    own = Recipe.model_validate({"name": "x", "stages": [{**stage, "settings": {"size": 96}}]})
+    with pytest.raises(RecipeError, match="a stage can change StickerWorld's settings alone"):
+        own.with_overrides(data=tmp_path)
+    assert own.with_overrides() == own
+
+
 def test_a_directory_is_shuffled_anew_each_epoch(tmp_path: Path) -> None:
     """Each record once per epoch, in another order, at the model's sizes; the same number gives the same record."""
     from PIL import Image
