@@ -20,6 +20,7 @@ SHIPPED = Path(__file__).parent / "recipes"
 """Recipes that come with the project; `dreamserve train NAME` finds them by name."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(gt=0, le=1e6)]
 
@@ -105,7 +106,7 @@ class OptimizerPart(_Part):
 
     name: Literal["adamw", "prodigy"] = "adamw"
     lr: Positive = 4e-5
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup: int = Field(default=0, ge=0, le=MAX_STEPS)
     cooldown: int = Field(default=0, ge=0, le=MAX_STEPS)

@@ -191,7 +191,7 @@ def test_a_lost_worker_publishes_but_commits_nothing(yard: Yard, monkeypatch: py
     ("recipe", "code"),
     [
         ({"stages": {"warm-up": {"optimizer": {"lr": 1e30, "clip": None}}}}, "training_failed"),
-        ({"stages": {"warm-up": {"mixture": {"no_such_task": 1.0}}}}, "training_data"),
+        ({"stages": {"warm-up": {"settings": {"size": 76}}}}, "training_data"),
         ({"lora": {"targets": "all"}}, "training_targets"),
     ],
 )

@@ -15,6 +15,15 @@ MOST_PIXELS: Final = 2**26
 """Of one batch's targets, 64 of the largest: about 3 GiB and half a minute, with references and masks."""
 
 
+def misplaced(settings: Settings, changes: Mapping[str, Any], cell: int) -> Iterator[Misfit]:
+    """Sizes of a stage's pictures that a model does not take: its tokens are `cell` pixels wide. `changes` are known
+    to fit."""
+    chosen = settings.changed(changes)
+    for name in ("size", "reference_size", "style_size"):
+        if getattr(chosen, name) % cell:
+            yield ("settings", name), f"must be a multiple of {cell} for this base model"
+
+
 def misfits(settings: Settings, changes: Mapping[str, Any], tasks: Iterable[str], batch: int) -> Iterator[Misfit]:
     """What a stage asks for that there is not.
 
