@@ -86,7 +86,7 @@ class TrainingAdmission:
         views: list[RecipeView] = []
         for name, file in sorted(recipe_names(self.settings.recipes_dir).items()):
             try:
-                recipe = load_recipe(str(file))
+                recipe = _usable(file)
             except RecipeError:
                 continue  # the operator's `train --dry-run` says what is wrong with it
             if _adapts(recipe):
@@ -106,7 +106,7 @@ class TrainingAdmission:
             faults.append(Fault("/recipe", "recipe_unknown", detail))
             return None
         try:
-            recipe = load_recipe(str(file)).changed(request.overrides)
+            recipe = _usable(file).changed(request.overrides)
         except OverrideError as error:
             for path, detail in error.faults:
                 faults.append(Fault(_pointer(path), "override_invalid", detail + "."))
@@ -190,6 +190,18 @@ def _progress(progress: TrainingProgress) -> TrainingProgressView:
 
 def _files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.glob("*.safetensors"))
+
+
+def _usable(file: Path) -> Recipe:
+    """The operator's recipe, before any overrides.
+
+    Raises:
+        RecipeError: it cannot be read, or asks for records that there are not.
+    """
+    recipe = load_recipe(str(file))
+    if misfits := recipe.misfits():
+        raise RecipeError("; ".join(f"{'.'.join(path)}: {detail}" for path, detail in misfits))
+    return recipe
 
 
 def _adapts(recipe: Recipe) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -57,8 +58,15 @@ def _check_scale(file: Path) -> None:
     beside = file.with_name("adapter_config.json")
     if file.name != "adapter_model.safetensors" or not beside.is_file():
         return
-    config = json.loads(beside.read_bytes())
-    if config.get("lora_alpha") != config.get("r") or config.get("alpha_pattern") or config.get("use_rslora"):
+    try:
+        config: Any = json.loads(beside.read_bytes())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, Mapping):
+        _fail(f"{beside} cannot be read, and may give this adapter a scale: save the adapter again")
+    # peft scales each module by its alpha over its own rank, so patterns of either make scales differ.
+    elsewhere = any(config.get(name) for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
+    if elsewhere or config.get("lora_alpha") != config.get("r"):
         _fail(
             f"{beside} gives this adapter a scale that {file.name} lacks: save it with diffusers' save_lora_weights, "
             "whose transformer_lora_adapter_metadata writes it into the file"

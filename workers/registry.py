@@ -6,7 +6,8 @@
     <root>/.tenants/<tenant>/<name>/…     what a tenant trained, for that tenant alone
 
 What lies on top is the operator's, and the only tenant's where there are no keys: everybody sees it. A version is its
-content's digest, so publishing the same adapter again changes nothing, whoever does it.
+content's digest, so publishing the same adapter again changes nothing, whoever does it, unless the bytes here are no
+longer those: then it mends them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _PUBLISHED: Final = "published.json"
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 2**20
+_PART: Final = ".part-"
+_ABANDONED_S: Final = 24 * 3600.0
+"""A copy that is not finished after this is of a process that has been killed."""
 
 
 class RegistryError(Exception):
@@ -96,7 +100,7 @@ class Registry:
         return self.root if self.tenant == SOLE_TENANT else self.root / ".tenants" / self.tenant
 
     def publish(self, name: str, source: Path) -> PublishedAdapter:
-        """Copy an exported adapter in under its digest; a version that is there already stays as it is.
+        """Copy an exported adapter in under its digest; a version that is there already stays, if its file is whole.
 
         Raises:
             RegistryError: `storage_unavailable`, `adapter_unknown` (no name, or nothing exported in `source`).
@@ -107,7 +111,8 @@ class Registry:
         try:
             version = digest_of(file)
             target = self.home / name / version
-            if not target.is_dir():
+            _sweep(self.home)
+            if not _is_whole(target):
                 _copy_whole(source, target)
             return self._read(name, target, self.tenant)
         except OSError as error:
@@ -172,7 +177,7 @@ class Registry:
 
     def _read(self, name: str, directory: Path, owner: str) -> PublishedAdapter:
         try:
-            published_at = float(json.loads((directory / _PUBLISHED).read_bytes())["published_at"])
+            published_at = _published_at(directory)
             card = json.loads((directory / CARD).read_bytes())
         except (ValueError, KeyError, TypeError, FileNotFoundError):
             published_at, card = directory.stat().st_mtime, {}
@@ -207,25 +212,67 @@ def digest_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+def _is_whole(version: Path) -> bool:
+    """Whether a version is there, and its file the one it is the digest of."""
+    file = _file_in(version)
+    return file is not None and digest_of(file) == version.name
+
+
 def _copy_whole(source: Path, target: Path) -> None:
-    """Copy beside the target, sync, rename: the target holds everything or does not exist."""
+    """Copy beside the target, sync, rename: the target holds everything or does not exist.
+
+    A target that is there is not whole; it makes room for the copy, which is as old as it was.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
+    part, aside = (Path(tempfile.mkdtemp(dir=target.parent, prefix=_PART)) for _ in range(2))
     try:
         for file in sorted(source.iterdir()):
             shutil.copyfile(file, part / file.name)
-        (part / _PUBLISHED).write_text(json.dumps({"published_at": round(time.time(), 3)}) + "\n")
+        try:
+            published_at = _published_at(target)
+        except (ValueError, KeyError, TypeError, OSError):
+            published_at = round(time.time(), 3)
+        (part / _PUBLISHED).write_text(json.dumps({"published_at": published_at}) + "\n")
         for file in part.iterdir():
             _sync(file)
+        if digest_of(_file_in(part) or part / MAIN) != target.name:
+            raise RegistryError(
+                "storage_unavailable", "The adapter's copy is not what was exported: check the disk and try again."
+            )
         part.chmod(0o755)
+        _put(part, target, aside)
+    finally:
+        for folder in (part, aside):
+            shutil.rmtree(folder, ignore_errors=True)
+    _sync(target.parent)
+
+
+def _put(part: Path, target: Path, aside: Path) -> None:
+    """Give the copy its name; what bore it goes aside, so that nobody who reads it now is disturbed."""
+    for in_the_way in (False, True):
+        if in_the_way:
+            with suppress(FileNotFoundError):  # somebody else mends it too
+                target.rename(aside / target.name)
         try:
             part.rename(target)
+            return
         except OSError:
-            if not target.is_dir():  # else somebody else published the same bytes
+            if _is_whole(target):
+                return  # somebody else published the same bytes
+            if in_the_way or not target.is_dir():
                 raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    _sync(target.parent)
+
+
+def _sweep(home: Path) -> None:
+    """Remove copies that a killed process has left."""
+    for part in home.glob(f"*/{_PART}*"):
+        with suppress(FileNotFoundError):  # it has just been finished
+            if time.time() - part.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+def _published_at(version: Path) -> float:
+    return float(json.loads((version / _PUBLISHED).read_bytes())["published_at"])
 
 
 def _file_in(directory: Path) -> Path | None:

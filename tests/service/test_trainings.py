@@ -74,6 +74,35 @@ def test_a_training_is_accepted_with_its_whole_recipe(bench: Bench) -> None:
         ({"overrides": {"stages": {"warm-up": {"train": "base"}}}}, [("/recipe", "recipe_unusable")]),
         ({"overrides": {"stages": 5}}, [("/overrides/stages", "override_invalid")]),
         ({"overrides": 5}, [("/overrides", "invalid_type")]),
+        ({"overrides": {"lora": {"rank": 10**12}}}, [("/overrides/lora/rank", "override_invalid")]),
+        (
+            {"overrides": {"stages": {"warm-up": {"batch": 10**18, "steps": 10**18}}}},
+            [(f"/overrides/stages/warm-up/{name}", "override_invalid") for name in ("steps", "batch")],
+        ),
+        (
+            {"overrides": {"stages": {"warm-up": {"settings": {"size": 10**6, "reference_size": 10**5}}}}},
+            [("/overrides/stages/warm-up/settings", "override_invalid")],
+        ),
+        (
+            {"overrides": {"stages": {"warm-up": {"settings": {"size": 1024}, "batch": 1000}}}},
+            [("/overrides/stages/warm-up/batch", "override_invalid")],
+        ),
+        (
+            {"overrides": {"stages": {"warm-up": {"settings": {"bogus": 1}}}}},
+            [("/overrides/stages/warm-up/settings/bogus", "override_invalid")],
+        ),
+        (
+            {"overrides": {"stages": {"warm-up": {"settings": {"mixture": [["style_text", 1]]}}}}},
+            [("/overrides/stages/warm-up/settings/mixture", "override_invalid")],
+        ),
+        (
+            {"overrides": {"stages": {"warm-up": {"mixture": {"no_such": 1}}}}},
+            [("/overrides/stages/warm-up/mixture/no_such", "override_invalid")],
+        ),
+        (
+            {"overrides": {"stages": {"warm-up": {"mixture": {}}}}},
+            [("/overrides/stages/warm-up/mixture", "override_invalid")],
+        ),
         ({"unheard": 1}, [("/unheard", "unknown_field")]),
         ({"metadata": {"k": "x" * 5000}}, [("/metadata", "metadata_too_large")]),
         (
@@ -85,7 +114,8 @@ def test_a_training_is_accepted_with_its_whole_recipe(bench: Bench) -> None:
 def test_what_does_not_fit_is_refused_with_its_place(
     bench: Bench, body: dict[str, Any], faults: list[tuple[str, str]]
 ) -> None:
-    """Every fault at once, each with a pointer; a caller can name neither a path nor another base model."""
+    """Every fault at once, each with a pointer; a caller can name neither a path nor another base model, nor have a
+    worker make more records at once than its memory holds: every worker would take it up and be lost."""
     (bench.home / "datasets" / "toys").mkdir(parents=True)
     assert refusal(bench, **body) == faults
 
@@ -109,10 +139,12 @@ def test_recipes_of_the_operator_go_beside_the_shipped(bench: Bench) -> None:
         "name: mine\nstages: [{name: one, steps: 1, batch: 1, mixture: {single_subject: 1}}]"
     )
     (recipes / "broken.yaml").write_text("name: [")
+    (recipes / "lost.yaml").write_text("name: lost\nstages: [{name: one, steps: 1, batch: 1, mixture: {no_such: 1}}]")
     assert submit(bench, recipe="mine")["request"]["recipe"]["name"] == "mine"
-    assert refusal_after(bench, recipe="broken") == [("/recipe", "recipe_unusable")]
+    for name in ("broken", "lost"):
+        assert refusal_after(bench, recipe=name) == [("/recipe", "recipe_unusable")]
     names = {recipe["name"] for recipe in bench.client.get("/v1/recipes").json()["recipes"]}
-    assert "mine" in names and "broken" not in names
+    assert "mine" in names and not {"broken", "lost"} & names
 
 
 def refusal_after(bench: Bench, **body: Any) -> list[tuple[str, str]]:

@@ -137,6 +137,37 @@ def test_what_would_be_left_out_is_refused(desk: Desk, model: LoadedModel, tmp_p
     assert desk.run("add", "style", str(peft)).exit_code == 0
 
 
+@pytest.mark.parametrize("rank_pattern", [{}, {"to_k": 2}])
+def test_a_scale_is_refused_that_peft_gives_and_the_file_lacks(
+    desk: Desk, model: LoadedModel, tmp_path: Path, rank_pattern: dict[str, int]
+) -> None:
+    """peft divides alpha by a module's own rank: where a pattern makes ranks differ, it gives such an adapter another
+    strength than a file without alphas says, and the desk lets nothing pass that peft scales differently."""
+    from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingTypeStubs]
+
+    layers = torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 8), "to_k": torch.nn.Linear(8, 8)})
+    config = LoraConfig(r=4, lora_alpha=4, rank_pattern=rank_pattern, target_modules=["to_q", "to_k"])
+    adapted = get_peft_model(layers, config)  # pyright: ignore[reportArgumentType]
+    scales = {scale for module in adapted.modules() for scale in getattr(module, "scaling", {}).values()}
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(plain_lora(tmp_path / "a.safetensors", model.transformer, seed=1, only="to_q"))
+    save_file({key.replace("transformer.", "base_model.model.", 1): value for key, value in tensors.items()}, file)
+    config.save_pretrained(str(tmp_path))
+    assert scales == ({1.0, 2.0} if rank_pattern else {1.0})
+    if scales == {1.0}:
+        assert desk.run("add", "style", str(file)).exit_code == 0
+    else:
+        assert "adapter_config.json" in desk.refused(file)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
+def test_a_damaged_configuration_is_refused(desk: Desk, tmp_path: Path, content: bytes) -> None:
+    """What the scale stands in must be read; the line says which file it is."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    assert "adapter_config.json cannot be read" in desk.refused(tmp_path / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize("name", ["../evil", "UPPER", "a/b", ".hidden", "x" * 65])
 def test_a_name_is_no_path(desk: Desk, name: str) -> None:
     """It becomes a directory."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,43 @@ def test_a_changed_file_is_never_handed_out(tmp_path: Path) -> None:
     with pytest.raises(RegistryError) as refused:
         registry.find("toy")
     assert refused.value.code == "adapter_corrupt"
+
+
+def test_publishing_again_mends_a_changed_file(tmp_path: Path) -> None:
+    """What the refusal advises works: the same bytes have the same version, and take the place of the damaged ones,
+    without becoming the newest by it."""
+    registry = Registry(tmp_path / "adapters")
+    source = exported(tmp_path / "a", b"one")
+    first = registry.publish("toy", source)
+    newest = registry.publish("toy", exported(tmp_path / "b", b"two"))
+    for damage in (lambda: first.file.write_bytes(b"bad"), first.file.unlink):
+        damage()
+        assert registry.publish("toy", source) == first
+        assert registry.find("toy", first.version).file.read_bytes() == b"one"
+        assert registry.find("toy") == newest
+    assert len(list((tmp_path / "adapters" / "toy").iterdir())) == 2, "nothing damaged or half-made is left"
+
+
+def test_a_copy_that_went_wrong_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version is never taken for whole because its directory is there."""
+    registry = Registry(tmp_path / "adapters")
+    monkeypatch.setattr(shutil, "copyfile", lambda _source, target: target.write_bytes(b"half"))
+    with pytest.raises(RegistryError) as refused:
+        registry.publish("toy", exported(tmp_path / "a", b"one"))
+    assert refused.value.code == "storage_unavailable" and registry.versions() == []
+
+
+def test_what_a_killed_publisher_leaves_is_swept(tmp_path: Path) -> None:
+    """Copies of a gigabyte that are nobody's would fill the disk; one that is being made is left alone."""
+    registry = Registry(tmp_path / "adapters")
+    old, young = (tmp_path / "adapters" / "mug" / f".part-{name}" for name in ("old", "young"))
+    for part in (old, young):
+        part.mkdir(parents=True)
+        (part / MAIN).write_bytes(b"half")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(old, (two_days_ago, two_days_ago))
+    registry.publish("toy", exported(tmp_path / "a", b"one"))
+    assert young.is_dir() and not old.exists()
 
 
 @pytest.mark.parametrize("name", ["../evil", "", "UPPER", "a/b", ".hidden", "x" * 65])

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Final, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from workers.training.stickerworld.orders import Misfit, misfits
+from workers.training.stickerworld.settings import Settings
 
 SHIPPED = Path(__file__).parent / "recipes"
 """Recipes that come with the project; `dreamserve train NAME` finds them by name."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(gt=0, le=1e6)]
+
+MAX_STEPS: Final = 10_000_000
+MAX_BATCH: Final = 1024
+MAX_RANK: Final = 1024
+"""Beyond what anybody trains with, and what a machine still takes: a batch's records are made in one go."""
 
 
 class RecipeError(Exception):
@@ -84,7 +94,7 @@ class LoraPart(_Part):
     """
 
     targets: Literal["released", "attention", "all"] = "released"
-    rank: int = Field(default=128, ge=1)
+    rank: int = Field(default=128, ge=1, le=MAX_RANK)
 
 
 class OptimizerPart(_Part):
@@ -96,10 +106,10 @@ class OptimizerPart(_Part):
 
     name: Literal["adamw", "prodigy"] = "adamw"
     lr: Positive = 4e-5
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
-    warmup: int = Field(default=0, ge=0)
-    cooldown: int = Field(default=0, ge=0)
+    warmup: int = Field(default=0, ge=0, le=MAX_STEPS)
+    cooldown: int = Field(default=0, ge=0, le=MAX_STEPS)
     clip: Positive | None = 1.0
 
 
@@ -109,7 +119,7 @@ class LossPart(_Part):
     flow: float = Field(default=1.0, ge=0)
     route: float = Field(default=1.0, ge=0)
     holder: float = Field(default=1.0, ge=0)
-    route_ramp: int = Field(default=0, ge=0)
+    route_ramp: int = Field(default=0, ge=0, le=MAX_STEPS)
 
 
 class TimePart(_Part):
@@ -137,13 +147,13 @@ class Stage(_Part):
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
-    steps: int = Field(ge=1)
-    batch: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MAX_STEPS)
+    batch: int = Field(ge=1, le=MAX_BATCH)
     train: Literal["adapter", "base"] = "adapter"
     optimizer: OptimizerPart = OptimizerPart()
     losses: LossPart = LossPart()
     time: TimePart = TimePart()
-    mixture: Mapping[str, Positive]
+    mixture: Mapping[str, Weight] = Field(min_length=1)
     plain_text: Share = 0.0
     token_drop: Share = 0.0
     prompt_drop: Share = 0.0
@@ -195,8 +205,8 @@ class Recipe(_Part):
     lora: LoraPart = LoraPart()
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
-    save_every: int = Field(default=500, ge=1)
-    pictures_every: int = Field(default=500, ge=0)
+    save_every: int = Field(default=500, ge=1, le=MAX_STEPS)
+    pictures_every: int = Field(default=500, ge=0, le=MAX_STEPS)
     stages: tuple[Stage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -233,20 +243,44 @@ class Recipe(_Part):
         if faults:
             raise OverrideError(faults)
         try:
-            return Recipe.model_validate(plan)
+            changed = Recipe.model_validate(plan)
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False, include_input=False)
             raise OverrideError([(_named(item["loc"], names), item["msg"]) for item in found]) from None
+        if unknown := changed.misfits():
+            raise OverrideError(unknown)
+        return changed
+
+    def misfits(self) -> list[Misfit]:
+        """What the stages ask of StickerWorld and it does not have, with the paths of the fields.
+
+        Of a dataset this is known where it lies: `sources.check_stages`.
+        """
+        if self.data.source == "directory":
+            return []
+        try:
+            settings = Settings().changed(self.data.settings)
+        except ValueError as error:
+            return [(("data", "settings"), str(error))]
+        return [
+            (("stages", stage.name, *path), detail)
+            for stage in self.stages
+            for path, detail in misfits(settings, stage.settings, stage.mixture, stage.batch)
+        ]
 
     def with_overrides(self, *, base: str | None = None, data: Path | None = None) -> Recipe:
-        """The recipe on another base model or dataset."""
-        changed: dict[str, Any] = {}
+        """The recipe on another base model or dataset, which is read with the settings of the one it replaces.
+
+        Raises:
+            RecipeError: the stages have settings of StickerWorld, which no dataset has.
+        """
+        plan: dict[str, Any] = self.model_dump()
         if base is not None:
-            changed["model"] = self.model.model_copy(update={"base": base})
+            plan["model"]["base"] = base
         if data is not None:
-            cache = (self.data.cache_gib, self.data.cache_directory)
-            changed["data"] = DataPart(source="directory", path=data, cache_gib=cache[0], cache_directory=cache[1])
-        return self.model_copy(update=changed)
+            settings = self.data.settings if self.data.source == "directory" else {}
+            plan["data"] |= {"source": "directory", "path": data, "settings": settings}
+        return _validated(plan)
 
     @property
     def essence(self) -> Mapping[str, Any]:
@@ -307,10 +341,17 @@ def load_recipe(name_or_path: str) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     try:
+        return _validated(content)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from error
+
+
+def _validated(content: Any) -> Recipe:
+    try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         faults = [
             f"{'.'.join(str(part) for part in item['loc']) or 'recipe'}: {item['msg']}"
             for item in error.errors(include_url=False, include_context=False)
         ]
-        raise RecipeError(f"{file}: " + "; ".join(faults)) from error
+        raise RecipeError("; ".join(faults)) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from workers.training.batches import Example, compose, step_generator
 from workers.training.buckets import bucketed
 from workers.training.recipes import Recipe, Stage
 from workers.training.records import Record, RecordReference
+from workers.training.sources import side_of
 from workers.training.start import records_of
 from workers.training.trainer import Source
 
@@ -62,11 +63,12 @@ def first_batches(recipe: Recipe) -> tuple[str, list[list[str]]]:
 def _source(recipe: Recipe, spec: ModelSpec) -> tuple[Source, str]:
     path = recipe.data.path
     if path is None:
-        return records_of(recipe, spec), "records of StickerWorld"
+        # What does not fill the model's tokens is said by stage: the base may be a guess.
+        return records_of(recipe, replace(spec, cell=1)), "records of StickerWorld"
     if path.exists():
         return records_of(recipe, spec), f"records of {path}"
     sizes = {"resolution": spec.width.default, "reference_resolution": spec.reference_resolution.default}
-    chosen = {name: int(recipe.data.settings.get(name, size)) for name, size in sizes.items()}
+    chosen = {name: side_of(recipe.data, name, int(size)) for name, size in sizes.items()}
     return _Examples(recipe.seed, spec.cell, **chosen), f"{path} does not exist, so these are examples of each task"
 
 

@@ -6,36 +6,37 @@ The same number always gives the same record, so a run that is resumed sees what
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 
+from model.errors import UnusableReferenceError
 from workers.training.buckets import bucketed
 from workers.training.datasets.faults import BadRowError, DatasetError
 from workers.training.datasets.formats import detect, open_training
 from workers.training.datasets.source import Source as Dataset
 from workers.training.recipes import DataPart, RecipeError, Stage
 from workers.training.records import Record
-from workers.training.stickerworld.settings import Settings
-from workers.training.stickerworld.tasks import TASKS
+from workers.training.stickerworld.orders import Misfit, misfits, misplaced
+from workers.training.stickerworld.settings import Settings, UnknownSettingError
 from workers.training.stickerworld.world import sample
+
+_LARGEST: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class StickerSource:
-    """StickerWorld with a recipe's settings; a stage's mixture and settings replace theirs."""
+    """StickerWorld with a recipe's settings; a stage's mixture and settings replace theirs. `cell`: the model's."""
 
     settings: Settings
     seed: int
+    cell: int
 
     def record(self, index: int, stage: Stage) -> Record:
-        settings = replace(self.settings, mixture=tuple(stage.mixture.items()), **stage.settings)
+        settings = replace(self.settings.changed(stage.settings), mixture=tuple(stage.mixture.items()))
         return sample(self.seed, index, settings)
-
-    def tasks(self) -> tuple[str, ...]:
-        """What a mixture can name."""
-        return tuple(TASKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class DirectorySource:
         """The record at a place of the mixture's endless list.
 
         Raises:
-            RecipeError: the row cannot be read.
+            RecipeError: the row cannot be read, or its pictures not be scaled.
         """
         names = list(stage.mixture)
         weights = np.array(list(stage.mixture.values()))
@@ -70,11 +71,10 @@ class DirectorySource:
             record = self.dataset[members[int(order[place])]]
         except BadRowError as error:
             raise RecipeError(f"{error}: run `dreamserve dataset check` and mend what it finds") from error
-        return bucketed(record, self.resolution, self.reference_resolution, self.cell)
-
-    def tasks(self) -> tuple[str, ...]:
-        """What a mixture can name."""
-        return tuple(self.by_task)
+        try:
+            return bucketed(record, self.resolution, self.reference_resolution, self.cell)
+        except UnusableReferenceError as error:
+            raise RecipeError(f"record {record.key}: {error.message}") from error
 
 
 def open_source(
@@ -90,8 +90,10 @@ def open_source(
     """
     if data.path is None:
         try:
-            return StickerSource(Settings(**data.settings), seed)
-        except (TypeError, ValueError) as error:
+            return StickerSource(Settings().changed(data.settings), seed, cell)
+        except UnknownSettingError as error:
+            raise RecipeError(f"data.settings.{error.name}: {error}") from error
+        except ValueError as error:
             raise RecipeError(f"data.settings: {error}") from error
     unknown = data.settings.keys() - {"resolution", "reference_resolution"}
     if unknown:
@@ -108,9 +110,21 @@ def open_source(
         {task: tuple(indices) for task, indices in by_task.items()},
         seed,
         cell,
-        int(data.settings.get("resolution", resolution)),
-        int(data.settings.get("reference_resolution", reference_resolution)),
+        side_of(data, "resolution", resolution),
+        side_of(data, "reference_resolution", reference_resolution),
     )
+
+
+def side_of(data: DataPart, name: str, default: int) -> int:
+    """A resolution that a directory is read at.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    side: Any = data.settings.get(name, default)
+    if type(side) is not int or not 1 <= side <= _LARGEST:
+        raise RecipeError(f"data.settings.{name}: must be a whole number of pixels, 1 to {_LARGEST}")
+    return side
 
 
 def check_stages(source: StickerSource | DirectorySource, stages: Iterable[Stage]) -> None:
@@ -120,12 +134,15 @@ def check_stages(source: StickerSource | DirectorySource, stages: Iterable[Stage
         RecipeError: naming the stage and what there is.
     """
     for stage in stages:
-        for task in stage.mixture:
-            if task not in source.tasks():
-                known = ", ".join(source.tasks())
-                raise RecipeError(f"stage {stage.name}: there are no records of task {task!r}; there are {known}")
-        if isinstance(source, StickerSource):
-            try:
-                replace(source.settings, **stage.settings)
-            except (TypeError, ValueError) as error:
-                raise RecipeError(f"stage {stage.name}: settings: {error}") from error
+        for path, detail in _misfits(source, stage):
+            raise RecipeError(f"stage {stage.name}: {'.'.join(path)}: {detail}")
+
+
+def _misfits(source: StickerSource | DirectorySource, stage: Stage) -> Iterator[Misfit]:
+    if isinstance(source, StickerSource):
+        yield from misfits(source.settings, stage.settings, stage.mixture, stage.batch)
+        yield from misplaced(source.settings, stage.settings, source.cell)
+        return
+    for task in stage.mixture:
+        if task not in source.by_task:
+            yield ("mixture", task), f"there are no records of this task; there are {', '.join(source.by_task)}"

@@ -67,6 +67,15 @@ NATIVE = [
         "target",
         "image_too_large",
     ),
+    Case(
+        "thin target",
+        lambda folder, row: (
+            save(folder / row["target"], noise(0, 1, 1040)),
+            [reference.pop("target_mask", None) for reference in row["references"]],
+        ),
+        "target",
+        "image_too_thin",
+    ),
     Case("missing field", lambda folder, row: row.pop("prompt"), "prompt", "missing_field"),
     Case(
         "missing field of a reference",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,12 @@ def test_the_shipped_recipe_says_what_the_paper_says() -> None:
             "a directory source needs a path, StickerWorld takes none",
         ),
         (TINY.replace("single_subject: 1", "single_subject: -1"), "mixture"),
+        (TINY.replace("single_subject: 1, multi_subject: 1", ""), "stages.0.mixture: .*at least 1 item"),
+        (TINY.replace("single_subject: 1", "single_subject: 1.0e+308"), "mixture.single_subject"),
+        (TINY.replace("rank: 2", "rank: 100000"), "lora.rank"),
+        (TINY.replace("steps: 3,", "steps: 3, optimizer: {betas: [0.9, 1.0]},"), "stages.0.optimizer.betas.1"),
+        (TINY.replace("batch: 2", "batch: 100000"), "stages.0.batch"),
+        (TINY.replace("steps: 3", "steps: 1000000000"), "stages.0.steps"),
     ],
 )
 def test_a_wrong_recipe_names_the_field(tmp_path: Path, text: str, message: str) -> None:
@@ -81,6 +88,92 @@ def test_a_task_without_records_is_refused() -> None:
         records_of(
             Recipe.model_validate({"name": "x", "stages": [{**stage, "mixture": {"two_column": 1}}], "data": data})
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"settings": {"size": 2048}}, "settings: size"),
+        ({"settings": {"no_such_setting": 1}}, "settings.no_such_setting"),
+        ({"settings": {"mixture": [["style_text", 1.0]]}}, "settings.mixture: .* the mixture is the stage's own"),
+        ({"settings": {"split": "heldout"}}, "settings: split must be train or held_out"),
+        ({"settings": {"placement": 5}}, "settings: placement must be grid9 or free"),
+        ({"settings": {"sizes": []}}, "settings: sizes must be fixed or named"),
+        ({"settings": {"size": "big"}}, "settings: size must be a whole number"),
+        ({"settings": {"plain": "often"}}, r"settings: plain must lie in \[0, 1\]"),
+        ({"settings": {"size": 76}}, "settings.size: must be a multiple of 8"),
+        ({"settings": {"size": 1024}, "batch": 65}, "batch: at most 64 samples of size 1024"),
+    ],
+)
+def test_a_stage_asks_for_what_there_is(changes: dict[str, Any], field: str) -> None:
+    """What StickerWorld cannot give is refused by name before a record is made, for a stage as for all of them."""
+    stage = {"name": "one", "steps": 1, "batch": 1, "mixture": {"two_column": 1}}
+    recipe = {"name": "x", "stages": [{**stage, **changes}]}
+    with pytest.raises(RecipeError, match=f"stage one: {field}"):
+        records_of(Recipe.model_validate(recipe))
+    if "batch" not in changes:
+        field = field if "multiple" in field else field.replace("settings", r"data\.settings")
+        with pytest.raises(RecipeError, match=field):
+            records_of(Recipe.model_validate({"name": "x", "stages": [stage], "data": changes}))
+
+
+def test_another_dataset_is_read_as_the_first(tmp_path: Path) -> None:
+    """`--data` and a training's dataset change where records lie, not how large they are read; nor do they let through
+    what a recipe file could not say, so a run that is begun can be gone on with."""
+    stage = {"name": "one", "steps": 1, "batch": 1, "mixture": {"single_subject": 1}}
+    there = {"source": "directory", "path": "a", "settings": {"resolution": 512}, "cache_gib": 3}
+    plan = Recipe.model_validate({"name": "x", "stages": [stage], "data": there})
+    changed = plan.with_overrides(base="other", data=tmp_path)
+    assert changed.data == plan.data.model_copy(update={"path": tmp_path})
+    assert changed.model.base == "other" and changed == Recipe.model_validate(changed.model_dump(mode="json"))
+    stickers = {"name": "x", "stages": [stage], "data": {"settings": {"size": 96}}}
+    moved = Recipe.model_validate(stickers).with_overrides(data=tmp_path)
+    assert (moved.data.source, moved.data.settings) == ("directory", {}), "StickerWorld's settings mean nothing here"
+    own = Recipe.model_validate({"name": "x", "stages": [{**stage, "settings": {"size": 96}}]})
+    with pytest.raises(RecipeError, match="a stage can change StickerWorld's settings alone"):
+        own.with_overrides(data=tmp_path)
+    assert own.with_overrides() == own
+
+
+def a_dataset(folder: Path, target: tuple[int, int], reference: tuple[int, int]) -> Recipe:
+    """One record with pictures of these sizes (width, height), and a recipe of it."""
+    from PIL import Image
+
+    Image.new("RGB", target, (9, 99, 200)).save(folder / "target.png")
+    Image.new("RGB", reference, (9, 99, 200)).save(folder / "reference.png")
+    row = {"key": "the-row", "task": "single_subject", "prompt": "a thing [ref#1]", "target": "target.png"}
+    row["references"] = [{"slot": 1, "role": "subject", "image": "reference.png"}]
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    stage = {"name": "a", "steps": 1, "batch": 1, "mixture": {"single_subject": 1.0}}
+    return Recipe.model_validate({"name": "x", "data": {"source": "directory", "path": folder}, "stages": [stage]})
+
+
+@pytest.mark.parametrize(
+    ("target", "reference", "message"),
+    [
+        ((64, 64), (4000, 3), r"rows\.jsonl:1: image_too_thin: references\[0\] \(4000×3\)"),
+        ((16000, 1), (64, 64), r"rows\.jsonl:1: image_too_thin: target \(16000×1\)"),
+        ((64, 64), (900, 30), r"record the-row: references\[0\] is 900x30 pixels, too thin"),
+    ],
+)
+def test_a_picture_too_thin_is_named_by_its_record(
+    tmp_path: Path, target: tuple[int, int], reference: tuple[int, int], message: str
+) -> None:
+    """Who has a million rows must find the one: what no model takes by file and row, as `dataset check` does, what is
+    too thin for this model's small references by its key."""
+    plan = a_dataset(tmp_path, target, reference)
+    with pytest.raises(RecipeError, match=message):
+        records_of(plan).record(0, plan.stages[0])
+
+
+@pytest.mark.parametrize("value", ["big", 0, 10**6, True, 1.5])
+def test_a_directory_has_sane_resolutions(tmp_path: Path, value: Any) -> None:
+    """A slip in what a dataset is read at is said before the first record."""
+    plan = a_dataset(tmp_path, (64, 64), (64, 64))
+    for name in ("resolution", "reference_resolution"):
+        data = plan.data.model_copy(update={"settings": {name: value}})
+        with pytest.raises(RecipeError, match=rf"data\.settings\.{name}: must be a whole number of pixels"):
+            records_of(plan.model_copy(update={"data": data}))
 
 
 def test_a_directory_is_shuffled_anew_each_epoch(tmp_path: Path) -> None:

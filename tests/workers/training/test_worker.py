@@ -242,7 +242,7 @@ def test_a_worker_that_leaves_at_the_last_step_publishes(yard: Yard, monkeypatch
     ("recipe", "code"),
     [
         ({"stages": {"warm-up": {"optimizer": {"lr": 1e30, "clip": None}}}}, "training_failed"),
-        ({"stages": {"warm-up": {"mixture": {"no_such_task": 1.0}}}}, "training_data"),
+        ({"stages": {"warm-up": {"settings": {"size": 76}}}}, "training_data"),
         ({"lora": {"targets": "all"}}, "training_targets"),
     ],
 )

@@ -16,6 +16,9 @@ from workers.training.records import Pixels, Record, RecordReference
 
 LIMITS: Final = PictureLimits()
 
+_THINNEST: Final = (512 // 16) ** 2
+"""Sides of a picture, one to the other, beyond which DreamO's references of 512² pixels have no token of 16 on one."""
+
 _UNREAD: Final = np.zeros((0, 0, 3), np.uint8)
 """Stands for a picture that could not be read until the row is refused."""
 
@@ -133,6 +136,13 @@ def flaws(item: Record | EvaluationItem) -> Iterator[tuple[str, Code, str]]:
             yield f"references[{index}].slot", "duplicate_slot", str(slot)
     for slot in sorted(named_slots(item.prompt) - set(slots)):
         yield "prompt", "placeholder_without_reference", f"[ref#{slot}]"
+    pictures = [(f"references[{index}]", reference.pixels) for index, reference in enumerate(item.references)]
+    if isinstance(item, Record):
+        pictures.append(("target", item.target))
+    for name, pixels in pictures:
+        height, width = pixels.shape[:2]
+        if max(height, width) > _THINNEST * max(1, min(height, width)):
+            yield name, "image_too_thin", f"{width}×{height}"
     if isinstance(item, Record) and item.target.size:
         yield from _mask_flaws(item)
 
