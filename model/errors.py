@@ -27,7 +27,7 @@ class ModelError(Exception):
 class WeightsError(ModelError):
     """Codes: `model_not_found`, `weights_missing`, `weights_key_missing`, `weights_shape`, `weights_format`,
     `device_unavailable`, `precision_unavailable`, `adapter_attached`, `output_exists`, `cache_unsafe`,
-    `compile_failed`, `not_finite`.
+    `compile_failed`, `not_finite`, `fused_mismatch`.
     """
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from model.checkpoints import (
     FUSED_EMBEDDINGS,
@@ -19,6 +21,7 @@ from model.checkpoints import (
 )
 from model.errors import WeightsError
 from model.fabricate import Shape, write_model
+from model.fuse import app
 from tests.model.requests import sample
 from tests.model.test_transformer import ours
 
@@ -169,6 +172,50 @@ def test_a_fused_directory_is_the_same_model(whole: Path, tmp_path: Path, versio
     (tmp_path / "fused" / FUSED_EMBEDDINGS).unlink()
     with pytest.raises(WeightsError, match="is missing"):
         load_transformer(replace(source, fused=tmp_path / "fused"))
+
+
+@pytest.mark.parametrize(
+    ("version", "turbo", "asked", "fits"),
+    [
+        ("v1", False, {}, False),
+        ("v1", False, {"version": "v1"}, False),
+        ("v1", False, {"version": "v1", "turbo": False}, True),
+        ("v1.1", True, {"turbo": False}, False),
+        ("v1.1", True, {}, True),
+        ("main", True, {"version": "main", "turbo": False}, True),
+        ("main", True, {}, False),
+    ],
+)
+def test_a_fused_directory_is_served_as_what_it_is(
+    whole: Path, tmp_path: Path, version: str, turbo: bool, asked: dict[str, Any], fits: bool
+) -> None:
+    """Default steps and guidance follow from the settings: those of another stack are refused, with the right ones.
+    The main file alone has no Turbo adapter, so that the setting says how many steps are made and nothing else."""
+    command = ["--base", str(whole), "--out", str(tmp_path / "fused"), "--version", version]
+    said = CliRunner().invoke(app, [*command, "--turbo" if turbo else "--no-turbo", "--dtype", "float32"])
+    assert said.exit_code == 0, said.output
+    wanted = f"DREAMSERVE_VERSION={version} DREAMSERVE_TURBO={str(turbo).lower()}"
+    assert said.stdout.strip().endswith(wanted)
+    source = ModelSource(str(whole), fused=tmp_path / "fused", device="cpu", **asked)
+    if fits:
+        direct = load_model(replace(source, fused=None))
+        assert load_model(source).spec == direct.spec
+    else:
+        error = refusal(source)
+        assert error.code == "fused_mismatch" and wanted in error.message
+
+
+def test_a_fused_directory_without_its_recipe(whole: Path, tmp_path: Path) -> None:
+    """An older one is served as the settings say; one that cannot be read is refused."""
+    source = ModelSource(str(whole), device="cpu", dtype="float32")
+    write_fused(source, tmp_path / "fused")
+    file = tmp_path / "fused" / FUSED_EMBEDDINGS
+    tensors = load_file(file)
+    save_file(tensors, file)
+    assert load_model(replace(source, fused=tmp_path / "fused", version="v1")).spec.guidance.default == 3.5
+    for recipe in ("{", "[1]"):
+        save_file(tensors, file, metadata={"recipe": recipe})
+        assert refusal(replace(source, fused=tmp_path / "fused")).code == "weights_format"
 
 
 def test_another_size_runs_by_the_same_code(tmp_path: Path) -> None:
