@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from model.adapters import EMBEDDINGS, MAIN, Adapter, AdapterFile, fuse, read_adapter, stack
 from model.errors import WeightsError
 from model.fingerprints import fingerprint_of
+from model.parts import load_part
 from model.precision import check_device, quantized
 from model.schedule import ShiftRule, read_shift_rule
 from model.spec import ModelSpec, Version, load_spec, own_version
@@ -35,7 +36,6 @@ from model.transformer import EmbeddingTables, Network
 from model.vae import LatentCodec
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 SHIPPED = Path(__file__).parent / "tiny"
 """The small model that comes with the project; its DreamO files lie in `dreamo/` beside the rest."""
@@ -316,41 +316,6 @@ def load_text(base: Path, dtype: torch.dtype, max_tokens: int) -> PromptEncoder:
         load_part(T5EncoderModel, base, "text_encoder_2", dtype),
         max_tokens,
     )
-
-
-def load_part(kind: Callable[..., T] | type[T], base: Path, folder: str, dtype: torch.dtype) -> T:
-    """One network from its folder in diffusers layout.
-
-    Raises:
-        WeightsError: `weights_missing` (no folder or no safetensors in it), `weights_key_missing`,
-            `weights_shape`, `weights_format`.
-    """
-    directory = base / folder
-    if not list(directory.glob("*.safetensors")):
-        raise WeightsError("weights_missing", f"{directory} holds no safetensors file")
-    load: Any = kind.from_pretrained  # type: ignore[attr-defined]  # of ModelMixin and PreTrainedModel alike
-    dtype_name = "torch_dtype" if kind.__module__.startswith("diffusers.") else "dtype"
-    try:
-        network, report = load(
-            directory,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are reported, and refused below
-            **{dtype_name: dtype},
-        )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(
-            "weights_format", f"{directory} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
-    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
-    if missing:
-        raise WeightsError("weights_key_missing", f"{directory} lacks {len(missing)} tensors, {missing[0]} among them")
-    if mismatched:
-        name, found, wanted = mismatched[0]
-        raise WeightsError(
-            "weights_shape", f"{directory}: {name} is {tuple(found)}, the configuration says {tuple(wanted)}"
-        )
-    return network
 
 
 def check_embeddings(

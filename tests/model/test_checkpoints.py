@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,55 @@ def test_a_damaged_base_is_refused(copy: Path, file: str, key: str, tensor: torc
     error = refusal(ModelSource(base_model=str(copy)))
     assert error.code == code
     assert file.split("/", maxsplit=1)[0] in error.message
+
+
+@pytest.mark.parametrize(
+    ("folder", "setting", "value"),
+    [
+        ("transformer", "num_single_layers", 3),
+        ("transformer", "num_layers", 1),
+        ("transformer", "guidance_embeds", False),
+        ("vae", "layers_per_block", 0),
+        ("text_encoder", "num_hidden_layers", 1),
+        ("text_encoder_2", "num_layers", 1),
+    ],
+)
+def test_a_base_larger_than_its_configuration_is_refused(copy: Path, folder: str, setting: str, value: Any) -> None:
+    """A block that the configuration leaves out makes another network, which nobody has trained."""
+    file = copy / folder / "config.json"
+    config = json.loads(file.read_bytes())
+    assert config[setting] > value
+    file.write_text(json.dumps(config | {setting: value}))
+    error = refusal(ModelSource(str(copy)))
+    assert error.code == "weights_key_missing"
+    assert folder in error.message and "config.json" in error.message
+
+
+def test_what_text_encoders_do_without_may_be_there(copy: Path) -> None:
+    """Files of a whole CLIP or T5, of which FLUX uses the encoder: old position ids, tied tables, decoders."""
+    for file, names in {
+        "text_encoder/model.safetensors": [
+            "text_model.embeddings.position_ids", "text_projection.weight", "vision_model.encoder.layers.0.norm.bias",
+        ],
+        "text_encoder_2/model.safetensors": [
+            "encoder.embed_tokens.weight", "decoder.block.0.layer.0.SelfAttention.q.weight", "lm_head.weight",
+        ],
+    }.items():  # fmt: skip
+        tensors = load_file(copy / file)
+        same = tensors.get("shared.weight", torch.zeros(2, 2))
+        save_file(tensors | {name: same.clone() for name in names}, copy / file, metadata={"format": "pt"})
+    load_model(ModelSource(str(copy), device="cpu"))
+
+
+@pytest.mark.parametrize("index", [{"metadata": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}, [], None])
+@pytest.mark.parametrize("folder", ["transformer", "text_encoder_2"])
+def test_an_index_that_is_none_is_refused(copy: Path, folder: str, index: object) -> None:
+    """Of shards, in diffusers' and in transformers' naming: the file is named."""
+    (file,) = (copy / folder).glob("*.safetensors")
+    beside = file.with_name(f"{file.name}.index.json")
+    beside.write_text("{" if index is None else json.dumps(index))
+    error = refusal(ModelSource(str(copy)))
+    assert error.code == "weights_format" and beside.name in error.message
 
 
 def test_a_truncated_file_is_refused(copy: Path) -> None:
