@@ -1,8 +1,9 @@
-"""The released adapter files: which belong together, their two key formats, and the rule by which they are fused.
+"""Adapter files: which of the released ones belong together, their formats, and the rule by which they are fused.
 
 An adapter changes a weight W [out, in] by scale · B A with A [rank, in], B [out, rank]. DreamO ships its adapters in
 the flattened XLabs naming (`double_blocks_0_processor.qkv_lora1.down.weight`), with fused q, k, v; the SFT, DPO and
-Turbo adapters come in diffusers' own naming. Both become a mapping from diffusers module names to pairs.
+Turbo adapters come in diffusers' own naming, others in the namings of `layer_names`. All become a mapping from
+diffusers module names to pairs, and whatever a file holds beside them is told.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
-from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from model.errors import WeightsError
+from model.layer_names import Layer, layer_of
 from model.spec import Version
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +94,11 @@ def stack(version: Version, *, turbo: bool) -> tuple[AdapterFile, ...]:
 
 
 def read_adapter(file: Path) -> Adapter:
-    """Read a file in either format.
+    """Read a file in any format.
 
     Raises:
-        WeightsError: `weights_missing`, `weights_format` (not safetensors, a DoRA, or no adapter in it),
-            `weights_key_missing` (half of a pair), `weights_shape` (a fused qkv that is not three equal parts).
+        WeightsError: `weights_missing`, `weights_format` (not safetensors, a DoRA, no adapter in it, or a layer twice),
+            `weights_key_missing` (half of a pair), `weights_shape` (a fused qkv of other parts than q, k and v).
     """
     if not file.is_file():
         raise WeightsError("weights_missing", f"{file} is missing: put the released DreamO files there")
@@ -108,11 +111,12 @@ def read_adapter(file: Path) -> Adapter:
         raise WeightsError("weights_format", f"{file} is not a whole safetensors file: {error}") from error
     if any("dora_scale" in key or "lora_magnitude_vector" in key for key in state):
         raise WeightsError("weights_format", f"{file} is a DoRA, which also scales weights: only LoRA can be read")
-    embeddings = {key.removesuffix(".weight"): state.pop(key) for key in list(state) if "embedding" in key}
+    named = {key: key.removesuffix(".weight") for key in state}
+    embeddings = {name: state.pop(key) for key, name in named.items() if name in EMBEDDINGS}
     if any(_XLABS.search(key) for key in state):
         changes, unused = _from_xlabs(file.name, state)
     else:
-        changes, unused = _from_diffusers(file.name, state, stated)
+        changes, unused = _from_layers(file.name, state, stated)
     if not changes:
         raise WeightsError("weights_format", f"{file} holds no adapter for a FLUX transformer")
     return Adapter(str(file), changes, embeddings, unused)
@@ -158,7 +162,7 @@ def _fitting(source: str, module: str, change: LowRank, base: torch.Tensor | Non
     return base
 
 
-_XLABS = re.compile(r"(double|single)_blocks_(\d+).*?(qkv|proj)_lora([12]?)\.(down|up)\.weight$")
+_XLABS = re.compile(r"(double|single)_blocks[_.](\d+).*?(qkv|proj)_lora([12]?)\.(down|up)\.weight$")
 
 _XLABS_TARGETS: Mapping[tuple[str, str, str], tuple[str, ...]] = {
     ("double", "qkv", "1"): ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -171,7 +175,7 @@ _XLABS_TARGETS: Mapping[tuple[str, str, str], tuple[str, ...]] = {
 
 
 def _from_xlabs(source: str, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, LowRank], tuple[str, ...]]:
-    """Flattened XLabs names; only what the pattern names matters, so the middle of a key is free."""
+    """XLabs names, flattened or not; only what the pattern names matters, so the middle of a key is free."""
     pairs: dict[tuple[str, int, str, str], dict[str, torch.Tensor]] = {}
     unused: list[str] = []
     for key, tensor in state.items():
@@ -179,7 +183,7 @@ def _from_xlabs(source: str, state: Mapping[str, torch.Tensor]) -> tuple[dict[st
         if match is None or (match[1], match[3], match[4]) not in _XLABS_TARGETS:
             unused.append(key)
             continue
-        pairs.setdefault((match[1], int(match[2]), match[3], match[4]), {})[match[5]] = tensor
+        _put(source, pairs.setdefault((match[1], int(match[2]), match[3], match[4]), {}), match[5], tensor)
     changes: dict[str, LowRank] = {}
     for (stream, block, part, which), pair in pairs.items():
         targets = _XLABS_TARGETS[stream, part, which]
@@ -195,8 +199,11 @@ def _from_xlabs(source: str, state: Mapping[str, torch.Tensor]) -> tuple[dict[st
     return changes, tuple(unused)
 
 
-_PEFT = re.compile(r"^(?:transformer\.|base_model\.model\.)*(.+)\.lora_([AB])(?:\.default)?\.weight$")
-_ALPHA = re.compile(r"^(?:transformer\.|base_model\.model\.)*(.+)\.alpha$")
+_PART = re.compile(
+    r"^(?:transformer\.|base_model\.model\.|diffusion_model\.)*(.+?)\."
+    r"(?:lora_(A|B|down|up)(?:\.default)?\.weight|(alpha))$"
+)
+_SIDES = {"A": "down", "down": "down", "B": "up", "up": "up"}
 
 
 def _stated_scale(file: Path) -> _Scale | None:
@@ -216,36 +223,56 @@ def _stated_scale(file: Path) -> _Scale | None:
     return scale
 
 
-def _from_diffusers(
+def _from_layers(
     source: str, state: Mapping[str, torch.Tensor], stated: _Scale | None = None
 ) -> tuple[dict[str, LowRank], tuple[str, ...]]:
-    """peft names (`transformer.….lora_A.weight`); any other naming goes through diffusers' converters first.
+    """A pair and perhaps an alpha for each layer, in any of the namings that `layer_names` knows.
 
     Args:
         stated: goes before the alphas that the file holds as tensors, as in diffusers.
     """
-    if not any(_PEFT.match(key) for key in state):
-        try:
-            state = cast("dict[str, torch.Tensor]", FluxLoraLoaderMixin.lora_state_dict(dict(state)))
-        # The converters split, index and reshape what they take for their own format, and fail as that fails.
-        except (ValueError, KeyError, NotImplementedError, IndexError, RuntimeError, TypeError) as error:
-            raise WeightsError("weights_format", f"{source}: no adapter format diffusers knows ({error})") from error
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    alphas: dict[str, float] = {}
-    unused: list[str] = []
+    parts: dict[str, dict[str, str]] = {}
     for key, tensor in state.items():
-        if match := _PEFT.match(key):
-            pairs.setdefault(match[1], {})[match[2]] = tensor
-        elif (match := _ALPHA.match(key)) and tensor.numel() == 1:
-            alphas[match[1]] = float(tensor)
-        else:
-            unused.append(key)
+        match = _PART.match(key)
+        if match is None or (match[3] and tensor.numel() != 1):
+            continue
+        _put(source, parts.setdefault(match[1], {}), match[3] or _SIDES[match[2]], key)
     changes: dict[str, LowRank] = {}
-    for module, pair in pairs.items():
-        down, up = _both(source, module, pair, "A", "B")
-        rank = down.shape[0]
-        changes[module] = LowRank(down, up, stated(module, rank) if stated else alphas.get(module, rank) / rank)
-    return changes, tuple(unused)
+    used: set[str] = set()
+    for name, keys in parts.items():
+        layer = layer_of(name)
+        if layer is None or keys.keys() == {"alpha"}:
+            continue
+        used.update(keys.values())
+        tensors = {part: state[key] for part, key in keys.items()}
+        down, up = _both(source, name, tensors, "down", "up")
+        alpha = float(tensors["alpha"]) if "alpha" in tensors else len(down)
+        for module, rows in _rows_of(source, name, layer, down, up):
+            scale = stated(module, len(down)) if stated else alpha / len(down)
+            _put(source, changes, module, LowRank(down, rows, scale))
+    return changes, tuple(key for key in state if key not in used)
+
+
+def _rows_of(
+    source: str, name: str, layer: Layer, down: torch.Tensor, up: torch.Tensor
+) -> list[tuple[str, torch.Tensor]]:
+    """Each module's rows of what a layer's change is multiplied up by; q, k and v are as wide as what they read."""
+    if layer.swapped:
+        up = torch.cat(up.chunk(2)[::-1])
+    if len(layer.modules) == 1:
+        return [(layer.modules[0], up)]
+    width, more = down.shape[1], len(layer.modules) - 3
+    rest = len(up) - 3 * width
+    if (rest > 0) != bool(more) or rest < 0:
+        raise WeightsError("weights_shape", f"{source}: {name} has {len(up)} rows, which are no q, k and v of {width}")
+    rows = up.split([width, width, width, *[rest] * more])
+    return [(module, part.contiguous()) for module, part in zip(layer.modules, rows, strict=True)]
+
+
+def _put(source: str, into: dict[str, T], key: str, value: T) -> None:
+    if key in into:
+        raise WeightsError("weights_format", f"{source} names {key} twice, in two ways: remove one of them")
+    into[key] = value
 
 
 def _both(

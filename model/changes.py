@@ -52,7 +52,8 @@ def examine(file: Path, base_model: str) -> Examined:
         rows = check_embeddings(str(file), dict(adapter.embeddings), transformer)["dreamo_t5_embedding"]
         width: int = json.loads((base / "text_encoder_2" / "config.json").read_bytes())["d_model"]
         check_rows(rows, width)
-    if not all(bool(part.isfinite().all()) for c in adapter.changes.values() for part in (c.down, c.up)):
+    numbers = (part for c in adapter.changes.values() for part in (c.down, c.up, torch.tensor(c.scale)))
+    if not all(bool(part.isfinite().all()) for part in numbers):
         raise WeightsError("weights_format", f"{file} holds numbers that are not finite")
     ranks = [change.down.shape[0] for change in adapter.changes.values()]
     return Examined(bool(adapter.embeddings), len(ranks), max(ranks))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from model.adapters import EMBEDDINGS, MAIN, Adapter, AdapterFile, fuse, read_adapter, stack
 from model.errors import WeightsError
 from model.fingerprints import fingerprint_of
+from model.parts import load_part
 from model.precision import check_device, quantized
 from model.schedule import ShiftRule, read_shift_rule
 from model.spec import ModelSpec, Version, load_spec, own_version
@@ -35,7 +36,6 @@ from model.transformer import EmbeddingTables, Network
 from model.vae import LatentCodec
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 SHIPPED = Path(__file__).parent / "tiny"
 """The small model that comes with the project; its DreamO files lie in `dreamo/` beside the rest."""
@@ -74,9 +74,14 @@ class ModelSource:
     graphs: Path | None = None
     precision: Literal["full", "fp8", "int8"] = "full"
 
+    @property
+    def served_version(self) -> Version:
+        """The stack's: the base's own where none is asked for."""
+        return self.version or own_version(self.base_model)
+
     def stack(self) -> tuple[AdapterFile, ...]:
         """The adapter files, in fusing order."""
-        return stack(self.version or own_version(self.base_model), turbo=self.turbo)
+        return stack(self.served_version, turbo=self.turbo)
 
     def torch_device(self) -> torch.device:
         """The device to run on.
@@ -204,6 +209,7 @@ def load_transformer(source: ModelSource) -> FusedTransformer:
     """The transformer with DreamO fused in: from the `fused` directory, else base plus the released files."""
     dtype = source.torch_dtype()
     if source.fused is not None:
+        _check_recipe(source, source.fused)
         transformer = load_part(FluxTransformer2DModel, source.fused, "transformer", dtype)
         embeddings = check_embeddings(
             str(source.fused / FUSED_EMBEDDINGS), _load_tensors(source.fused / FUSED_EMBEDDINGS), transformer
@@ -234,11 +240,39 @@ def _main_of(source: ModelSource) -> Path | None:
 def _base_of(source: ModelSource) -> str | None:
     """The base's fingerprint; what is fused already has noted which one it was made of."""
     if source.fused is not None:
-        with safe_open(source.fused / FUSED_EMBEDDINGS, framework="pt") as opened:
-            noted = json.loads((opened.metadata() or {}).get("recipe", "{}"))
+        noted = _recipe(source.fused)
         if "base" in noted:
             return noted["base"]
     return fingerprint_of(resolve_base(source.base_model) / "transformer")
+
+
+def _recipe(fused: Path) -> dict[str, Any]:
+    """What `write_fused` has noted; empty: nothing."""
+    file = fused / FUSED_EMBEDDINGS
+    if not file.is_file():
+        raise WeightsError("weights_missing", f"{file} is missing: run `dreamserve fuse` again")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(json.loads((opened.metadata() or {}).get("recipe", "{}")))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise WeightsError("weights_format", f"{file} is not what `dreamserve fuse` writes: {error}") from error
+
+
+def _check_recipe(source: ModelSource, fused: Path) -> None:
+    """Refuse to serve a stack by the defaults of another; `main` has no Turbo in it, with or without."""
+    noted = _recipe(fused)
+    version, turbo = noted.get("version", source.served_version), noted.get("turbo", source.turbo)
+    if version != source.served_version or (version != "main" and turbo != source.turbo):
+        raise WeightsError(
+            "fused_mismatch",
+            f"{fused} was fused with {settings_of(version, turbo=turbo)}, and something else is set: set them so, "
+            "or fuse anew",
+        )
+
+
+def settings_of(version: str, *, turbo: bool) -> str:
+    """The variables by which a worker serves a stack."""
+    return f"DREAMSERVE_VERSION={version} DREAMSERVE_TURBO={str(turbo).lower()}"
 
 
 def write_fused(source: ModelSource, out: Path) -> None:
@@ -255,7 +289,7 @@ def write_fused(source: ModelSource, out: Path) -> None:
     recipe = {
         "base_model": source.base_model,
         "base": _base_of(source),
-        "version": source.version or own_version(source.base_model),
+        "version": source.served_version,
         "turbo": source.turbo,
         "dtype": str(source.torch_dtype()).removeprefix("torch."),
         "stack": [[f.name, f.path, f.weight] for f in source.stack()],
@@ -284,41 +318,6 @@ def load_text(base: Path, dtype: torch.dtype, max_tokens: int) -> PromptEncoder:
     )
 
 
-def load_part(kind: Callable[..., T] | type[T], base: Path, folder: str, dtype: torch.dtype) -> T:
-    """One network from its folder in diffusers layout.
-
-    Raises:
-        WeightsError: `weights_missing` (no folder or no safetensors in it), `weights_key_missing`,
-            `weights_shape`, `weights_format`.
-    """
-    directory = base / folder
-    if not list(directory.glob("*.safetensors")):
-        raise WeightsError("weights_missing", f"{directory} holds no safetensors file")
-    load: Any = kind.from_pretrained  # type: ignore[attr-defined]  # of ModelMixin and PreTrainedModel alike
-    dtype_name = "torch_dtype" if kind.__module__.startswith("diffusers.") else "dtype"
-    try:
-        network, report = load(
-            directory,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are reported, and refused below
-            **{dtype_name: dtype},
-        )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(
-            "weights_format", f"{directory} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
-    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
-    if missing:
-        raise WeightsError("weights_key_missing", f"{directory} lacks {len(missing)} tensors, {missing[0]} among them")
-    if mismatched:
-        name, found, wanted = mismatched[0]
-        raise WeightsError(
-            "weights_shape", f"{directory}: {name} is {tuple(found)}, the configuration says {tuple(wanted)}"
-        )
-    return network
-
-
 def check_embeddings(
     source: str, embeddings: dict[str, torch.Tensor], transformer: FluxTransformer2DModel
 ) -> dict[str, torch.Tensor]:
@@ -337,8 +336,6 @@ def check_embeddings(
 
 
 def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
-    if not file.is_file():
-        raise WeightsError("weights_missing", f"{file} is missing: run `dreamserve fuse` again")
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:

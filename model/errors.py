@@ -3,6 +3,7 @@
     ModelError                  code, message: safe to show to the caller
     ├── WeightsError            a file, key or shape that loading needs is missing or wrong (the operator's to mend)
     ├── AdapterError            an adapter that a job names cannot be used
+    ├── DrawingError            what was drawn is no picture
     └── UnusableReferenceError  a reference that cannot be prepared (the caller's to mend); names its slot
 
 Imports only the standard library: the gateway maps these codes to its own.
@@ -26,12 +27,16 @@ class ModelError(Exception):
 class WeightsError(ModelError):
     """Codes: `model_not_found`, `weights_missing`, `weights_key_missing`, `weights_shape`, `weights_format`,
     `device_unavailable`, `precision_unavailable`, `adapter_attached`, `output_exists`, `cache_unsafe`,
-    `compile_failed`.
+    `compile_failed`, `not_finite`, `fused_mismatch`.
     """
 
 
 class AdapterError(ModelError):
     """Codes: `adapter_corrupt`, `adapter_mismatch`, `adapter_base_missing`."""
+
+
+class DrawingError(ModelError):
+    """Codes: `not_finite`."""
 
 
 class UnusableReferenceError(ModelError):

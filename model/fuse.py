@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from model.checkpoints import SHIPPED, ModelSource, write_fused
+from model.checkpoints import SHIPPED, ModelSource, settings_of, write_fused
 from model.errors import ModelError
 
 
@@ -71,7 +71,8 @@ def fuse(
     except ModelError as error:
         print(f"{error.code}: {error.message}", file=sys.stderr)
         raise typer.Exit(2) from error
-    print(f"wrote {out}\nstart workers with DREAMSERVE_BASE_MODEL={base} DREAMSERVE_FUSED={out}")
+    stack = settings_of(source.served_version, turbo=turbo)
+    print(f"wrote {out}\nstart everything with DREAMSERVE_BASE_MODEL={base} DREAMSERVE_FUSED={out} {stack}")
 
 
 if __name__ == "__main__":

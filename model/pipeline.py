@@ -25,7 +25,7 @@ from kernels import dispatch
 from model.adapted import Adaptation, LoadedAdapter, load_adapter
 from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.compilation import compiled, keep_graphs
-from model.errors import WeightsError
+from model.errors import DrawingError, WeightsError
 from model.lanes import Lanes, lanes_of
 from model.network import Network, ready
 from model.noise import Draws, SeededDraws
@@ -39,7 +39,7 @@ from model.sampling import Denoising, Guidance, Sampler, begin
 from model.schedule import sigmas
 from model.spec import ModelSpec
 from model.text import PromptEmbeds
-from model.vae import pack_latents
+from model.vae import pack_latents, shown
 
 _LOG = logging.getLogger(__name__)
 
@@ -290,9 +290,19 @@ class Pipeline:
             torch.cuda.empty_cache()
 
     def decode(self, run: Denoising) -> NDArray[np.uint8]:
-        """The picture of a finished run: uint8 [H, W, 3]."""
-        pixels = self.model.codec.decode(run.latents, run.condition.target_grid)
-        return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        """The picture of a finished run: uint8 [H, W, 3].
+
+        Raises:
+            DrawingError: `not_finite`: it would be black, or anything. Latents that are not finite show in pixels.
+        """
+        pixels = self.model.codec.develop(run.latents, run.condition.target_grid)
+        if not bool(pixels.isfinite().all()):
+            raise DrawingError(
+                "not_finite",
+                "The picture has numbers that are not finite: try a smaller scale of the adapter, or another seed. "
+                "Without an adapter the server's operator has to look at the model.",
+            )
+        return (shown(pixels) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
     def preview(self, run: Denoising) -> NDArray[np.uint8]:
         """What an unfinished run is heading for, a pixel a latent: uint8 [h, w, 3]."""
@@ -304,7 +314,7 @@ class Pipeline:
         """Run every network at the default size, so that the first job pays for nothing; compiles what is compiled.
 
         Raises:
-            WeightsError: `compile_failed`, if compilation was asked for.
+            WeightsError: `compile_failed`, if compilation was asked for; `not_finite`: it cannot draw.
         """
         try:
             self._warm_up()
@@ -337,7 +347,14 @@ class Pipeline:
         (run,) = self.step([fresh])
         if self._compile != "off":
             self.step([fresh, fresh])  # A pack of several is a graph of its own.
-        self.decode(run)
+        try:
+            self.decode(run)
+        except DrawingError as error:
+            raise WeightsError(
+                "not_finite",
+                "the model draws numbers that are not finite: its files may be damaged, have them anew; or it needs "
+                "DREAMSERVE_DTYPE=float32, DREAMSERVE_PRECISION=full or DREAMSERVE_COMPILE=off",
+            ) from error
 
 
 def guidance_of(request: ImageRequest) -> Guidance:

@@ -60,12 +60,20 @@ class LatentCodec:
         latents = mean + std * noise.to(moments.device, moments.dtype)
         return pack_latents((latents - self._shift) * self._scale)
 
-    @torch.inference_mode()
     def decode(self, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Packed tokens → pixels [3, H, W] in [0, 1], float32."""
+        return shown(self.develop(tokens, grid))
+
+    @torch.inference_mode()
+    def develop(self, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Packed tokens → pixels [3, H, W] as the VAE has them, most of them in [-1, 1]."""
         latents = unpack_latents(tokens, grid).to(self.vae.dtype) / self._scale + self._shift
-        pixels = self.vae.decode(latents[None]).sample[0]
-        return (pixels / 2 + 0.5).clamp(0, 1).float()
+        return self.vae.decode(latents[None]).sample[0]
+
+
+def shown(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels as the VAE has them → in [0, 1], float32."""
+    return (pixels / 2 + 0.5).clamp(0, 1).float()
 
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:

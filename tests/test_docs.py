@@ -107,7 +107,9 @@ def test_every_code_of_the_model_is_documented() -> None:
     raised: set[str] = set()
     for path in (ROOT / "model").rglob("*.py"):
         raised |= set(
-            re.findall(r'(?:WeightsError|AdapterError|UnusableReferenceError)\(\s*"([a-z_]+)"', path.read_text())
+            re.findall(
+                r'(?:WeightsError|AdapterError|DrawingError|UnusableReferenceError)\(\s*"([a-z_]+)"', path.read_text()
+            )
         )
     assert len(raised) > 8
     text = (ROOT / "docs" / "errors.md").read_text()

@@ -26,8 +26,8 @@ def add(
 ) -> None:
     """Register an adapter for everybody, under its sha256 as version; the newest version is what jobs get.
 
-    The file may have DreamO's keys, diffusers', peft's or kohya's. It is checked against DREAMSERVE_BASE_MODEL and
-    copied into DREAMSERVE_ADAPTERS_DIR; workers that run see it at once.
+    The file may have the keys of DreamO, diffusers, peft, kohya, ComfyUI, fal, OneTrainer or XLabs. It is checked
+    against DREAMSERVE_BASE_MODEL and copied into DREAMSERVE_ADAPTERS_DIR; workers that run see it at once.
     """
     from model.changes import examine  # noqa: PLC0415 - torch, which `list` does without
 

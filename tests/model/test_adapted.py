@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from model.adapted import Adaptation
 from model.adapters import MAIN, fuse, read_adapter
-from model.checkpoints import LoadedModel, ModelSource, load_model, load_part, write_fused
+from model.checkpoints import LoadedModel, ModelSource, load_model, write_fused
 from model.errors import AdapterError
 from model.fabricate import TINY, TINY_SPEC, write_model
 from model.fingerprints import fingerprint_of
 from model.network import fused
+from model.parts import load_part
 from model.pipeline import Pipeline
 from model.precision import quantized
 from model.preprocessors.prepare import Tools, load_tools

@@ -78,14 +78,11 @@ def test_xlabs_names_are_split_into_modules() -> None:
 
 
 def test_the_middle_of_an_xlabs_key_is_free(tmp_path: Path) -> None:
-    """Only block, part and direction are matched, as in the released converter."""
+    """Only block, part and direction are matched, as in the released converter; XLabs itself writes dots."""
     down, up = torch.randn(2, 128), torch.randn(128, 2)
-    for middle in ("processor", "attn.proc.x"):
-        file = tmp_path / f"{middle}.safetensors"
-        save_file(
-            {f"double_blocks_3_{middle}.proj_lora2.{d}.weight": t for d, t in (("down", down), ("up", up))},
-            file,
-        )
+    for stem in ("double_blocks_3_processor", "double_blocks_3_attn.proc.x", "double_blocks.3.processor"):
+        file = tmp_path / f"{stem}.safetensors"
+        save_file({f"{stem}.proj_lora2.{d}.weight": t for d, t in (("down", down), ("up", up))}, file)
         assert list(read_adapter(file).changes) == ["transformer_blocks.3.attn.to_add_out"]
 
 
@@ -105,8 +102,8 @@ def test_alpha_scales_a_diffusers_adapter(tmp_path: Path) -> None:
     assert adapter.unused == ("transformer.stray",)
 
 
-def test_kohya_names_go_through_diffusers(tmp_path: Path) -> None:
-    """A file in kohya's naming is read by diffusers' converter: fused qkv split, alpha folded in."""
+def test_kohyas_names_are_read(tmp_path: Path) -> None:
+    """A file in kohya's naming: fused qkv split, scaled by its alpha."""
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     down, up = torch.randn(4, 128), torch.randn(384, 4)
     save_file(

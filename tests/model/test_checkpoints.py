@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from model.checkpoints import (
     FUSED_EMBEDDINGS,
@@ -19,6 +22,7 @@ from model.checkpoints import (
 )
 from model.errors import WeightsError
 from model.fabricate import Shape, write_model
+from model.fuse import app
 from tests.model.requests import sample
 from tests.model.test_transformer import ours
 
@@ -139,6 +143,55 @@ def test_a_damaged_base_is_refused(copy: Path, file: str, key: str, tensor: torc
     assert file.split("/", maxsplit=1)[0] in error.message
 
 
+@pytest.mark.parametrize(
+    ("folder", "setting", "value"),
+    [
+        ("transformer", "num_single_layers", 3),
+        ("transformer", "num_layers", 1),
+        ("transformer", "guidance_embeds", False),
+        ("vae", "layers_per_block", 0),
+        ("text_encoder", "num_hidden_layers", 1),
+        ("text_encoder_2", "num_layers", 1),
+    ],
+)
+def test_a_base_larger_than_its_configuration_is_refused(copy: Path, folder: str, setting: str, value: Any) -> None:
+    """A block that the configuration leaves out makes another network, which nobody has trained."""
+    file = copy / folder / "config.json"
+    config = json.loads(file.read_bytes())
+    assert config[setting] > value
+    file.write_text(json.dumps(config | {setting: value}))
+    error = refusal(ModelSource(str(copy)))
+    assert error.code == "weights_key_missing"
+    assert folder in error.message and "config.json" in error.message
+
+
+def test_what_text_encoders_do_without_may_be_there(copy: Path) -> None:
+    """Files of a whole CLIP or T5, of which FLUX uses the encoder: old position ids, tied tables, decoders."""
+    for file, names in {
+        "text_encoder/model.safetensors": [
+            "text_model.embeddings.position_ids", "text_projection.weight", "vision_model.encoder.layers.0.norm.bias",
+        ],
+        "text_encoder_2/model.safetensors": [
+            "encoder.embed_tokens.weight", "decoder.block.0.layer.0.SelfAttention.q.weight", "lm_head.weight",
+        ],
+    }.items():  # fmt: skip
+        tensors = load_file(copy / file)
+        same = tensors.get("shared.weight", torch.zeros(2, 2))
+        save_file(tensors | {name: same.clone() for name in names}, copy / file, metadata={"format": "pt"})
+    load_model(ModelSource(str(copy), device="cpu"))
+
+
+@pytest.mark.parametrize("index", [{"metadata": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}, [], None])
+@pytest.mark.parametrize("folder", ["transformer", "text_encoder_2"])
+def test_an_index_that_is_none_is_refused(copy: Path, folder: str, index: object) -> None:
+    """Of shards, in diffusers' and in transformers' naming: the file is named."""
+    (file,) = (copy / folder).glob("*.safetensors")
+    beside = file.with_name(f"{file.name}.index.json")
+    beside.write_text("{" if index is None else json.dumps(index))
+    error = refusal(ModelSource(str(copy)))
+    assert error.code == "weights_format" and beside.name in error.message
+
+
 def test_a_truncated_file_is_refused(copy: Path) -> None:
     """Half a download."""
     file = copy / "vae" / "diffusion_pytorch_model.safetensors"
@@ -169,6 +222,50 @@ def test_a_fused_directory_is_the_same_model(whole: Path, tmp_path: Path, versio
     (tmp_path / "fused" / FUSED_EMBEDDINGS).unlink()
     with pytest.raises(WeightsError, match="is missing"):
         load_transformer(replace(source, fused=tmp_path / "fused"))
+
+
+@pytest.mark.parametrize(
+    ("version", "turbo", "asked", "fits"),
+    [
+        ("v1", False, {}, False),
+        ("v1", False, {"version": "v1"}, False),
+        ("v1", False, {"version": "v1", "turbo": False}, True),
+        ("v1.1", True, {"turbo": False}, False),
+        ("v1.1", True, {}, True),
+        ("main", True, {"version": "main", "turbo": False}, True),
+        ("main", True, {}, False),
+    ],
+)
+def test_a_fused_directory_is_served_as_what_it_is(
+    whole: Path, tmp_path: Path, version: str, turbo: bool, asked: dict[str, Any], fits: bool
+) -> None:
+    """Default steps and guidance follow from the settings: those of another stack are refused, with the right ones.
+    The main file alone has no Turbo adapter, so that the setting says how many steps are made and nothing else."""
+    command = ["--base", str(whole), "--out", str(tmp_path / "fused"), "--version", version]
+    said = CliRunner().invoke(app, [*command, "--turbo" if turbo else "--no-turbo", "--dtype", "float32"])
+    assert said.exit_code == 0, said.output
+    wanted = f"DREAMSERVE_VERSION={version} DREAMSERVE_TURBO={str(turbo).lower()}"
+    assert said.stdout.strip().endswith(wanted)
+    source = ModelSource(str(whole), fused=tmp_path / "fused", device="cpu", **asked)
+    if fits:
+        direct = load_model(replace(source, fused=None))
+        assert load_model(source).spec == direct.spec
+    else:
+        error = refusal(source)
+        assert error.code == "fused_mismatch" and wanted in error.message
+
+
+def test_a_fused_directory_without_its_recipe(whole: Path, tmp_path: Path) -> None:
+    """An older one is served as the settings say; one that cannot be read is refused."""
+    source = ModelSource(str(whole), device="cpu", dtype="float32")
+    write_fused(source, tmp_path / "fused")
+    file = tmp_path / "fused" / FUSED_EMBEDDINGS
+    tensors = load_file(file)
+    save_file(tensors, file)
+    assert load_model(replace(source, fused=tmp_path / "fused", version="v1")).spec.guidance.default == 3.5
+    for recipe in ("{", "[1]"):
+        save_file(tensors, file, metadata={"recipe": recipe})
+        assert refusal(replace(source, fused=tmp_path / "fused")).code == "weights_format"
 
 
 def test_another_size_runs_by_the_same_code(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.errors import UnusableReferenceError, WeightsError
+from model.errors import DrawingError, UnusableReferenceError, WeightsError
 from model.requests import ImageRequest, Reference
 from model.spec import ModelSpec, flux_spec
 from workers.inference.worker import run_worker
@@ -145,6 +145,8 @@ class StandinPipeline:
 
     def decode(self, run: Any) -> NDArray[np.uint8]:
         assert run.done
+        if "nan" in run.request.prompt.split():
+            raise DrawingError("not_finite", "The picture has numbers that are not finite.")
         return picture(run.request.prompt, run.seed, run.step, run.request.height, run.request.width)
 
 

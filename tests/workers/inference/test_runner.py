@@ -128,6 +128,7 @@ def test_references_reach_the_pipeline_decoded(make_runner: Make, make_job: Make
         ("oom", "out_of_memory", True),
         ("memory", "out_of_memory", True),
         ("face", "no_face", False),
+        ("nan", "not_finite", False),
         ("boom", "internal", False),
     ],
 )
