@@ -6,7 +6,7 @@ Training runs the plain `Network`: its adapters sit on the model's own linear la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -61,11 +61,6 @@ def stand(
         timesteps: per step, t in [0, 1] as a scalar in the model's dtype. guidances: distilled guidance per step.
     """
     model, layout = network.model, lay_out([condition])
-    added = tables.rows(layout)
-    rows, columns = condition.target_grid
-    length = rows * columns
-    references = [reference.tokens for reference in condition.references]
-    embedded = model.x_embedder(torch.cat(references)) if references else added[:0]
     clean = torch.tensor([0.0 if row.clean else 1.0 for row in layout.rows])
     times = torch.stack([t * clean.to(t) for t in timesteps]).to(condition.pooled.device)
     scales = torch.tensor(guidances, dtype=torch.float32).to(times)[:, None].expand(times.shape)
@@ -74,12 +69,32 @@ def stand(
     each = 1 if times.device.type == "cpu" else times.numel()
     parts = zip(*(values.split(each) for values in flat), strict=True)
     vectors = torch.cat([modulation_vectors(model, embed_time(model, *part)) for part in parts])
+    target, references = _image(network, tables, condition)
     return Standing(
         text=model.context_embedder(condition.text),
-        references=embedded + added[length:],
-        target=added[0],
+        references=references,
+        target=target,
         vectors=vectors.unflatten(0, (len(timesteps), -1)),
     )
+
+
+@torch.inference_mode()
+def stand_beside(network: Network, tables: EmbeddingTables, condition: Condition, other: Standing) -> Standing:
+    """What stands of another image of a request: its references are another draw, all else is the other's own tensors.
+
+    Args:
+        other: of the same text, pooled prompt and sizes, at the same times and guidances.
+    """
+    return replace(other, references=_image(network, tables, condition)[1])
+
+
+def _image(network: Network, tables: EmbeddingTables, condition: Condition) -> tuple[Tensor, Tensor]:
+    """What is added to each target token, by itself, and the references' tokens."""
+    added = tables.rows(lay_out([condition]))
+    rows, columns = condition.target_grid
+    references = [reference.tokens for reference in condition.references]
+    embedded = network.model.x_embedder(torch.cat(references)) if references else added[:0]
+    return added[0].clone(), embedded + added[rows * columns :]
 
 
 def ready(model: FluxTransformer2DModel) -> Network:

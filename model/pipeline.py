@@ -224,12 +224,15 @@ class Pipeline:
         """
         return EncodedRequest(request, prompt, negative, tuple(references), adaptation)
 
-    def start(self, encoded: EncodedRequest, seed: int, draws: Draws | None = None) -> Denoising:
+    def start(
+        self, encoded: EncodedRequest, seed: int, draws: Draws | None = None, *, beside: Denoising | None = None
+    ) -> Denoising:
         """One image of a request before its first step.
 
         Args:
             seed: 0 … 2**64 − 1.
             draws: replaces the draws that follow from the seed.
+            beside: another image of the same encoded request, with which it shares what no seed changes.
         """
         draws = draws or SeededDraws(seed)
         request, codec = encoded.request, self.model.codec
@@ -255,6 +258,7 @@ class Pipeline:
             guidance_of(request),
             sigmas(request.num_inference_steps, grid[0] * grid[1], self.model.shift),
             noise.to(condition.text.device, condition.text.dtype),
+            beside,
         )
 
     def step(self, runs: Sequence[Denoising]) -> tuple[Denoising, ...]:

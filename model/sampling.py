@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from model.blocks import Site
-from model.network import Standing, stand
+from model.network import Standing, stand, stand_beside
 from model.packing import Condition, lay_out
 from model.schedule import euler_step
 from model.transformer import Embedded, EmbeddingTables, Network, site_of
@@ -110,8 +110,16 @@ def begin(
     guidance: Guidance,
     sigmas: torch.Tensor,
     noise: torch.Tensor,
+    beside: Denoising | None = None,
 ) -> Denoising:
-    """A run before its first step; computes what stays the same in all of them."""
+    """A run before its first step; computes what stays the same in all of them.
+
+    Args:
+        beside: a run of the same request by another seed, whose text and modulation vectors it shares.
+    """
+    if beside is not None:
+        standing = stand_beside(network, tables, condition, beside.standing)
+        return Denoising(network, condition, negative, guidance, sigmas, noise, standing, beside.negative_standing)
     times = [timestep_of(sigma, noise.dtype) for sigma in sigmas[:-1]]
     scales = [guidance.at(step) for step in range(len(times))]
     standing = stand(network, tables, condition, times, scales)

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from model.adapted import Adaptation
-from model.pipeline import Pipeline
+from model.pipeline import EncodedRequest, Pipeline
 from model.requests import ImageRequest, Reference
 from model.roles import Role
 from model.sampling import Denoising
 
 
-def begun(pipeline: Pipeline, adaptation: Adaptation | None = None) -> Denoising:
+def whole_request(pipeline: Pipeline, adaptation: Adaptation | None = None) -> EncodedRequest:
     """A request that reads everything an adapter can change: references in slots, placeholders, true CFG."""
     noise = np.random.default_rng(0)
     references = tuple(
@@ -32,7 +32,12 @@ def begun(pipeline: Pipeline, adaptation: Adaptation | None = None) -> Denoising
         true_cfg_start=1,
         true_cfg_end=3,
     )
-    return pipeline.start(pipeline.encode(request, pipeline.preprocess(request), adaptation), seed=3)
+    return pipeline.encode(request, pipeline.preprocess(request), adaptation)
+
+
+def begun(pipeline: Pipeline, adaptation: Adaptation | None = None) -> Denoising:
+    """An image of it before its first step."""
+    return pipeline.start(whole_request(pipeline, adaptation), seed=3)
 
 
 def drawn(pipeline: Pipeline, adaptation: Adaptation | None = None) -> torch.Tensor:

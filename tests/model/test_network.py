@@ -10,9 +10,12 @@ import torch
 from model.checkpoints import LoadedModel
 from model.network import fused
 from model.packing import lay_out, pack
+from model.pipeline import Pipeline
+from model.preprocessors.prepare import load_tools
 from model.sampling import Denoising, Guidance, Sampler
 from model.schedule import sigmas
 from model.transformer import Network, forward
+from tests.model.drawing import whole_request
 from tests.model.requests import packed, sample
 
 CFG = Guidance(scale=3.5, first_step=2.0, true_scale=2.5, start=1, end=3, negative=3.0)
@@ -40,6 +43,29 @@ def test_what_is_computed_once_serves_every_step(tiny: LoadedModel) -> None:
                 sequence = pack(lay_out([condition]), [condition], [run.latents], [run.timestep], [scale])
                 wanted = forward(network, tiny.tables, sequence)
                 assert (velocity - wanted).abs().max() <= 1e-5
+
+
+def test_images_of_a_request_share_what_no_seed_changes(tiny: LoadedModel) -> None:
+    """Text and modulation vectors of all steps, a hundred megabytes of FLUX's, are held once; pictures are the same,
+    to the bit, as by themselves."""
+    pipeline = Pipeline(tiny, load_tools("grabcut", "opencv", "cpu"))
+    encoded = whole_request(pipeline)
+    first = pipeline.start(encoded, 1)
+    beside, alone = pipeline.start(encoded, 2, beside=first), pipeline.start(encoded, 2)
+    for mine, theirs in ((beside.standing, first.standing), (beside.negative_standing, first.negative_standing)):
+        assert mine is not None and theirs is not None
+        assert mine.vectors is theirs.vectors and mine.text is theirs.text and mine.target is theirs.target
+    assert not torch.equal(beside.standing.references, first.standing.references), "a draw of its own"
+    while not beside.done:
+        (beside,), (alone,) = pipeline.step([beside]), pipeline.step([alone])
+    assert torch.equal(beside.latents, alone.latents)
+
+
+def test_what_stands_holds_nothing_else(tiny: LoadedModel) -> None:
+    """No tensor of it is a view of a larger one, which would be held for as long as the run."""
+    standing = begun(Sampler(Network(tiny.transformer), tiny.tables), tiny, 1, 2, CFG).standing
+    for tensor in (standing.text, standing.references, standing.target, standing.vectors):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_the_sampler_forgets_old_batches(tiny: LoadedModel) -> None:

@@ -58,6 +58,7 @@ class StandinPipeline:
         self.requests: list[Any] = []
         self.warmed = False
         self.starts = 0
+        self.shared = 0
 
     @property
     def spec(self) -> ModelSpec:
@@ -120,8 +121,10 @@ class StandinPipeline:
         self.requests.append(whole)
         return whole
 
-    def start(self, encoded: Any, seed: int) -> Any:
+    def start(self, encoded: Any, seed: int, *, beside: Any = None) -> Any:
+        assert beside is None or beside.request is encoded
         self.starts += 1
+        self.shared += beside is not None
         return Run(encoded, seed, encoded.num_inference_steps)
 
     def group(self, run: Any) -> str:

@@ -122,6 +122,15 @@ def test_references_reach_the_pipeline_decoded(make_runner: Make, make_job: Make
             np.testing.assert_array_equal(reference.mask, expected)
 
 
+def test_images_of_a_job_are_begun_beside_each_other(make_runner: Make, make_job: MakeJob) -> None:
+    """So that they hold once what no seed changes; those of another job hold their own."""
+    pipeline = StandinPipeline()
+    runner = make_runner(pipeline)
+    for name in ("job_1", "job_2"):
+        assert run(runner, make_job(name, num_images=3)).status is JobStatus.SUCCEEDED
+    assert (pipeline.starts, pipeline.shared) == (6, 4)
+
+
 @pytest.mark.parametrize(
     ("prompt", "code", "retryable"),
     [
