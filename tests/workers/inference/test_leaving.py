@@ -152,9 +152,9 @@ class StickyDevice(StandinPipeline):
         self._ask("encode")
         return super().encode_prompt(prompt, adaptation)
 
-    def start(self, encoded: Any, seed: int) -> Any:
+    def start(self, encoded: Any, seed: int, *, beside: Any = None) -> Any:
         self._ask("start")
-        return super().start(encoded, seed)
+        return super().start(encoded, seed, beside=beside)
 
     def step(self, runs: Sequence[Any]) -> Sequence[Any]:
         self._ask("step")

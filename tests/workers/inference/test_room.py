@@ -38,9 +38,9 @@ class ShortOnce(StandinPipeline):
         self._ask("encode")
         return super().encode_prompt(prompt, adaptation)
 
-    def start(self, encoded: Any, seed: int) -> Any:
+    def start(self, encoded: Any, seed: int, *, beside: Any = None) -> Any:
         self._ask("start")
-        return super().start(encoded, seed)
+        return super().start(encoded, seed, beside=beside)
 
     def preview(self, run: Any) -> NDArray[np.uint8]:
         self._ask("preview")
