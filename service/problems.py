@@ -158,7 +158,9 @@ TABLE: Mapping[str, ProblemType] = MappingProxyType(
             "Recipe not served", "The recipe trains a base model, or is faulty: name another of /v1/recipes."
         ),
         "override_invalid": _meaning(
-            "Override does not fit", "The recipe has no such field, or the value does not fit it."
+            "Override does not fit",
+            "The recipe has no such field, the value does not fit it or is beyond what a worker holds, or there are no "
+            "such records.",
         ),
         "dataset_missing": _meaning("Dataset missing", "The recipe trains on a dataset: name one of /v1/recipes."),
         "dataset_unknown": _meaning("Dataset unknown", "The server has no dataset of this name: see /v1/recipes."),
