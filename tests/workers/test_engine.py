@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.workers.faulty import Held
 from workers.engine import BrokenDeviceError, Engine, is_broken_device, is_out_of_memory
 from workers.planner import Budget, Seat
 
@@ -197,18 +198,6 @@ def test_a_want_of_memory_is_no_lost_device(error: Exception) -> None:
 def test_other_errors_are_neither(error: Exception) -> None:
     """What a job brings about itself says nothing of the device, whatever its words are."""
     assert not is_broken_device(error) and not is_out_of_memory(error)
-
-
-class Held:
-    """Stands for what a forward has computed; counts those that something holds."""
-
-    alive = 0
-
-    def __init__(self) -> None:
-        Held.alive += 1
-
-    def __del__(self) -> None:
-        Held.alive -= 1
 
 
 class HoldingDevice(Device):

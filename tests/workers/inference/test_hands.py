@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,32 +52,20 @@ def test_each_thread_is_begun_in_itself() -> None:
     assert begun == ["hands"] * 3
 
 
-def test_nothing_is_begun_after_the_end() -> None:
-    """Closing waits for what is being done and forgets what is in line; without `wait` it does not wait either."""
+@pytest.mark.parametrize(("forget", "after"), [(True, []), (False, ["in line"])])
+def test_closing_forgets_what_is_in_line_if_it_is_told_to(forget: bool, after: list[str]) -> None:
+    """What is being done is waited for; nothing is taken any more; without `wait` nobody waits."""
     busy, free, done = threading.Event(), threading.Event(), list[str]()
     hands = Hands(1, "hands", lambda: None)
     hands.put((False, 0, 0), lambda: (busy.set(), free.wait(30), done.append("at work")))
     assert busy.wait(30)
     hands.put((False, 1, 0), lambda: done.append("in line"))
-    hands.close(wait=False)
+    hands.close(wait=False, forget=forget)
+    hands.put((False, 0, 0), lambda: done.append("too late"))
     assert not done
     free.set()
-    hands.close(wait=True)
-    assert done == ["at work"]
-
-
-def test_what_is_not_to_be_forgotten_is_done_before_the_end() -> None:
-    """Closed without forgetting, the hands finish their line; what comes later is not taken."""
-    busy, free, done = threading.Event(), threading.Event(), list[str]()
-    hands = Hands(1, "hands", lambda: None)
-    hands.put((False, 0, 0), lambda: (busy.set(), free.wait(30), done.append("at work")))
-    assert busy.wait(30)
-    hands.put((False, 1, 0), lambda: done.append("in line"))
-    hands.close(wait=False, forget=False)
-    hands.put((False, 0, 0), lambda: done.append("too late"))
-    free.set()
-    hands.close(wait=True, forget=False)
-    assert done == ["at work", "in line"]
+    hands.close(wait=True, forget=forget)
+    assert done == ["at work", *after]
 
 
 def test_what_fails_ends_no_hand() -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import redis
 import structlog
-from numpy.typing import NDArray
 
 from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob
+from tests.workers.faulty import FaultyPipeline
 from tests.workers.standin import Run, StandinPipeline
 from workers import queues
 from workers.artifacts import ArtifactStore
@@ -135,7 +133,7 @@ def test_a_broken_engine_ends_the_worker_and_not_the_job(
     assert states(ledger, ["job_1"]) == [(JobStatus.SUCCEEDED, 2)]
 
 
-class StickyDevice(StandinPipeline):
+class StickyDevice(FaultyPipeline):
     """Lost in one of its phases; from then on whatever is asked of it fails."""
 
     def __init__(self, phase: str) -> None:
@@ -143,30 +141,10 @@ class StickyDevice(StandinPipeline):
         self.phase = phase
         self.lost = False
 
-    def _ask(self, phase: str) -> None:
+    def meet(self, phase: str) -> None:
         self.lost |= phase == self.phase
         if self.lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:
-        self._ask("encode")
-        return super().encode_prompt(prompt, adaptation)
-
-    def start(self, encoded: Any, seed: int, *, beside: Any = None) -> Any:
-        self._ask("start")
-        return super().start(encoded, seed, beside=beside)
-
-    def step(self, runs: Sequence[Any]) -> Sequence[Any]:
-        self._ask("step")
-        return super().step(runs)
-
-    def preview(self, run: Any) -> NDArray[np.uint8]:
-        self._ask("preview")
-        return super().preview(run)
-
-    def decode(self, run: Any) -> NDArray[np.uint8]:
-        self._ask("decode")
-        return super().decode(run)
 
 
 @pytest.mark.parametrize("phase", ["encode", "start", "preview", "decode"])

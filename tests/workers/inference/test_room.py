@@ -5,21 +5,18 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from tests.workers.conftest import MakeJob
+from tests.workers.faulty import FaultyPipeline, Held
 from tests.workers.inference.conftest import Make
 from tests.workers.inference.test_runner import run
-from tests.workers.standin import StandinPipeline
 from workers.inference.room import Room
 from workers.jobs import JobStatus
 
 
-class ShortOnce(StandinPipeline):
+class ShortOnce(FaultyPipeline):
     """Runs out of memory the first time it does something; not before its `after`th try."""
 
     def __init__(self, phase: str, after: int = 0) -> None:
@@ -28,27 +25,11 @@ class ShortOnce(StandinPipeline):
         self.left = after
         self.released = 0
 
-    def _ask(self, phase: str) -> None:
+    def meet(self, phase: str) -> None:
         if phase == self.phase:
             self.left -= 1
             if self.left == -1:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    def encode_prompt(self, prompt: str, adaptation: Any = None) -> Any:
-        self._ask("encode")
-        return super().encode_prompt(prompt, adaptation)
-
-    def start(self, encoded: Any, seed: int, *, beside: Any = None) -> Any:
-        self._ask("start")
-        return super().start(encoded, seed, beside=beside)
-
-    def preview(self, run: Any) -> NDArray[np.uint8]:
-        self._ask("preview")
-        return super().preview(run)
-
-    def decode(self, run: Any) -> NDArray[np.uint8]:
-        self._ask("decode")
-        return super().decode(run)
 
     def release_memory(self) -> None:
         self.released += 1
@@ -68,18 +49,6 @@ def test_a_want_of_memory_beside_the_forwards_costs_no_job(
         assert [image.seed for image in record.result.images] == [7, 8]
         assert record.progress is not None and record.progress.step == 6
     assert pipeline.left < -1 and pipeline.released == 1
-
-
-class Held:
-    """Stands for what an attempt has computed."""
-
-    alive = 0
-
-    def __init__(self) -> None:
-        Held.alive += 1
-
-    def __del__(self) -> None:
-        Held.alive -= 1
 
 
 def test_the_second_try_finds_nothing_of_the_first() -> None:
