@@ -23,7 +23,7 @@ from workers.artifacts import ArtifactStore
 from workers.courier.addresses import Rules, UrlForbiddenError, check_url
 from workers.jobs import CustomizeJob, JobResult, Progress, ReferenceInput, Sampling
 from workers.ledger import CustomizeLedger
-from workers.pictures import PictureLimits
+from workers.picture_process import PictureProver
 from workers.references import References
 from workers.registry import Registry
 
@@ -40,7 +40,7 @@ class Admission:
     """What admitting needs; one per process. `webhooks`: the rules for theirs; None where none is signed."""
 
     spec: ModelSpec
-    limits: PictureLimits
+    prover: PictureProver
     store: ArtifactStore
     ledger: CustomizeLedger
     references: References
@@ -112,7 +112,7 @@ class Admission:
         self, occupied: list[tuple[int, ReferenceBody]], tenant: str
     ) -> list[tuple[Picture | None, Picture | None]]:
         """Image and mask of each reference, all decoded once as proof; no image for a URL, which is fetched later."""
-        gate = PictureGate(self.limits, lambda ref_id: self.references.find(tenant, ref_id, renew=True))
+        gate = PictureGate(self.prover, lambda ref_id: self.references.find(tenant, ref_id, renew=True))
         read: list[tuple[Picture | None, Picture | None]] = []
         for slot, body in occupied:
             pointer = f"/references/{slot - 1}"

@@ -58,6 +58,7 @@ def create_app(settings: GatewaySettings, tracing: Tracing | None = None) -> Fas
         gateway.let_go()
         if exposition is not None:
             await to_thread.run_sync(exposition.close)
+        await to_thread.run_sync(gateway.admission.prover.close)
         await to_thread.run_sync(gateway.tracing.flush)
         await to_thread.run_sync(gateway.redis.close)
 

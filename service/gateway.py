@@ -27,6 +27,7 @@ from workers.artifacts import ArtifactStore
 from workers.courier.addresses import Rules
 from workers.jobs import CUSTOMIZE, TRAINING
 from workers.ledger import CustomizeLedger, open_ledger
+from workers.picture_process import PictureProver
 from workers.pictures import PictureLimits
 from workers.references import References
 from workers.registry import Registry
@@ -129,7 +130,7 @@ def _admission(settings: GatewaySettings, spec: ModelSpec, client: redis.Redis, 
     rules = Rules.of(settings)
     return Admission(
         spec,
-        PictureLimits(),
+        PictureProver(PictureLimits()),
         store,
         ledger,
         References(client, store, settings.reference_ttl_s),

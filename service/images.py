@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import pybase64
 
 from service.problems import Fault
-from workers import pictures
-from workers.pictures import PictureError, PictureLimits
+from workers.picture_process import PictureProver
+from workers.pictures import PictureError
 from workers.references import UploadedReference
 
 _PREFIXES = {
@@ -43,7 +43,7 @@ class PictureGate:
     `uploaded`: an uploaded reference of whoever asks, by id; being asked for here is a use of it.
     """
 
-    limits: PictureLimits
+    prover: PictureProver
     uploaded: Callable[[str], UploadedReference | None]
     faults: list[Fault] = field(default_factory=list[Fault])
     seen: dict[str, Picture] = field(default_factory=dict[str, Picture])
@@ -77,11 +77,11 @@ class PictureGate:
         return Picture(reference.sha256, (reference.height, reference.width))
 
     def _open(self, url: str) -> Picture:
-        data, declared = _decode_url(url, self.limits.max_bytes)
-        info = pictures.inspect(data, self.limits)
+        data, declared = _decode_url(url, self.prover.limits.max_bytes)
+        info = self.prover.inspect(data)
         if info.format != declared:
             raise _RefusedError("image_type_mismatch", "The content is not of the type that the data URL declares.")
-        return Picture(data, pictures.check(data, self.limits))
+        return Picture(data, self.prover.check(data))
 
 
 class _RefusedError(Exception):

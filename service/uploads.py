@@ -19,10 +19,10 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from service.problems import Fault, Problem
-from workers import pictures
 from workers.artifacts import Incoming
 from workers.picture_headers import Format
-from workers.pictures import PictureError, PictureLimits
+from workers.picture_process import PictureProver
+from workers.pictures import PictureError
 from workers.references import References, UploadedReference
 
 MEDIA_TYPES: Final[dict[str, Format]] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
@@ -181,7 +181,7 @@ async def receive(
 
 
 def admit(
-    references: References, tenant: str, incoming: Incoming, declared: Format | None, limits: PictureLimits
+    references: References, tenant: str, incoming: Incoming, declared: Format | None, prover: PictureProver
 ) -> tuple[UploadedReference, bool]:
     """Prove that what has come is a picture, keep it and make it known; whether it was not known before. Blocks.
 
@@ -192,11 +192,11 @@ def admit(
     """
     data = incoming.read()
     try:
-        info = pictures.inspect(data, limits)
+        info = prover.inspect(data)
         if declared not in (None, info.format):
             detail = "The content is not of the type that the upload declares."
             raise Problem.of_faults([Fault("", "image_type_mismatch", detail)])
-        size = pictures.check(data, limits)
+        size = prover.check(data)
     except PictureError as error:
         raise Problem.of_faults([Fault("", error.code, error.message)]) from None
     return references.add(tenant, incoming.keep(), info.format, size, len(data))

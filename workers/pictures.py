@@ -25,6 +25,7 @@ from workers.picture_essence import Essence, essence, evenly_sampled
 from workers.picture_headers import Format, PictureInfo, read_header
 
 __all__ = [
+    "PictureCode",
     "PictureError",
     "PictureInfo",
     "PictureLimits",
@@ -34,6 +35,7 @@ __all__ = [
     "encode",
     "inspect",
     "media_type",
+    "undecodable",
 ]
 
 PictureCode = Literal["image_undecodable", "image_too_large", "image_unsupported"]
@@ -106,13 +108,13 @@ def inspect(data: bytes, limits: PictureLimits) -> PictureInfo:
     try:
         info = read_header(data)
     except ValueError:
-        raise _undecodable() from None
+        raise undecodable() from None
     if info is None:
         raise PictureError("image_unsupported", "Only PNG, JPEG and WebP pictures are read.")
     if info.animated:
         raise PictureError("image_unsupported", "Animated pictures are not read: send a single frame.")
     if info.width < 1 or info.height < 1:
-        raise _undecodable()
+        raise undecodable()
     most = min(limits.max_pixels, limits.max_webp_pixels) if info.format == "webp" else limits.max_pixels
     if info.width * info.height > most or max(info.width, info.height) > limits.max_side:
         raise PictureError(
@@ -157,10 +159,10 @@ def _opened(data: bytes, info: PictureInfo) -> Generator[tuple[Image.Image, Esse
         core = essence(data, info.format)
         with Image.open(io.BytesIO(core.data), formats=(info.format.upper(),)) as image:
             if image.size != (info.width, info.height):
-                raise _undecodable()
+                raise undecodable()
             yield image, core
     except _PILLOW_ERRORS:
-        raise _undecodable() from None
+        raise undecodable() from None
 
 
 def decode_mask(data: bytes, limits: PictureLimits) -> NDArray[np.uint8]:
@@ -228,5 +230,6 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _undecodable() -> PictureError:
+def undecodable() -> PictureError:
+    """What a file is that is damaged, or cannot be shown not to be."""
     return PictureError("image_undecodable", "The file is damaged or cut off: send a whole PNG, JPEG or WebP file.")

@@ -43,12 +43,10 @@ async def upload_reference(
 ) -> UploadedReferenceBody:
     """The same picture of a tenant has one id. It stays for a time after its last use, or until it is deleted."""
     wrapping = wrapping_of(request)
-    limits = gateway.admission.limits
+    most = gateway.admission.prover.limits.max_bytes
     with gateway.submissions.take(tenant):
         async with in_threads(gateway.store.receive(tenant)) as incoming:
-            await receive(
-                request, wrapping, incoming, max_bytes=limits.max_bytes, timeout_s=gateway.settings.body_timeout_s
-            )
+            await receive(request, wrapping, incoming, max_bytes=most, timeout_s=gateway.settings.body_timeout_s)
             admitting = partial(_admit, gateway, tenant, incoming, wrapping.declared)
             reference, new = await gateway.decoding.run(tenant, admitting)
     response.status_code = status.HTTP_201_CREATED if new else status.HTTP_200_OK
@@ -59,7 +57,7 @@ async def upload_reference(
 def _admit(
     gateway: Gateway, tenant: str, incoming: Incoming, declared: Format | None
 ) -> tuple[UploadedReference, bool]:
-    return admit(gateway.references, tenant, incoming, declared, gateway.admission.limits)
+    return admit(gateway.references, tenant, incoming, declared, gateway.admission.prover)
 
 
 @router.get("/v1/references/{id}", responses=problems(404, 503), summary="What is known of an uploaded reference")

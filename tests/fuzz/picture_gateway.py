@@ -11,6 +11,7 @@ import uvicorn
 from service.app import create_app
 from service.commands.serving import http_config
 from service.settings import GatewaySettings
+from workers.picture_process import PictureProver
 from workers.pictures import PictureLimits
 
 
@@ -19,7 +20,7 @@ def main() -> None:
     if "--unlimited" in sys.argv:
         limits = PictureLimits(2**30, max_pixels=2**62, max_webp_pixels=2**62, max_side=2**31)
         gateway = app.state.gateway
-        app.state.gateway = replace(gateway, admission=replace(gateway.admission, limits=limits))
+        app.state.gateway = replace(gateway, admission=replace(gateway.admission, prover=PictureProver(limits)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(listener.getsockname()[1], flush=True)
         uvicorn.Server(http_config(app)).run(sockets=[listener])

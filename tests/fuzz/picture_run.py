@@ -39,9 +39,9 @@ class Answer:
     status: int
     body: dict[str, object]
     seconds: float
-    """That the gateway's process computed, whoever else had the machine meanwhile."""
+    """That the gateway's processes computed, whoever else had the machine meanwhile."""
     grown: int
-    """Bytes by which its memory grew at most."""
+    """Bytes by which their memory grew at most."""
 
 
 @dataclass(slots=True)
@@ -61,13 +61,12 @@ class Verdict:
 
 
 class Target:
-    """A gateway process, and what it takes."""
+    """A gateway process with the one that decodes for it, and what the two take."""
 
     def __init__(self, process: subprocess.Popen[str], port: int) -> None:
         self.process = process
         self._peer = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        self._clock = psutil.Process(process.pid)
-        self._memory = Path(f"/proc/{process.pid}")
+        self._gateway = psutil.Process(process.pid)
         for media_type, pictures in whole().items():  # what is allocated once and for all
             for data in pictures:
                 assert self.post("/v1/references", data, media_type).status in (200, 201)
@@ -83,7 +82,8 @@ class Target:
         return self.post("/v1/customize", json.dumps(body).encode(), "application/json")
 
     def post(self, path: str, data: bytes, media_type: str) -> Answer:
-        (self._memory / "clear_refs").write_text("5")  # the peak is counted anew
+        for member in self._both():
+            Path(f"/proc/{member.pid}/clear_refs").write_text("5")  # the peak is counted anew
         started = self._seconds()
         self._peer.request("POST", path, data, {"Content-Type": media_type})
         answer = self._peer.getresponse()
@@ -93,12 +93,16 @@ class Target:
         return Answer(answer.status, body, seconds, self._read_memory("VmHWM") - getattr(self, "base", 0))
 
     def _seconds(self) -> float:
-        spent = self._clock.cpu_times()
-        return spent.user + spent.system
+        spent = [member.cpu_times() for member in self._both()]
+        return sum(each.user + each.system for each in spent)
 
     def _read_memory(self, name: str) -> int:
-        lines = (self._memory / "status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+        statuses = [Path(f"/proc/{member.pid}/status").read_text() for member in self._both()]
+        lines = [line for status in statuses for line in status.splitlines() if line.startswith(name + ":")]
+        return sum(int(line.split()[1]) * 1024 for line in lines)
+
+    def _both(self) -> list[psutil.Process]:
+        return [self._gateway, *self._gateway.children()]
 
 
 @contextmanager
