@@ -97,28 +97,28 @@ def app_factory() -> FastAPI:
     return create_app(settings)
 
 
-def _answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:
+async def _answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:
     """Path and query parameters and headers; a path that cannot be an id is simply not there."""
     faults: list[Fault] = []
     for item in error.errors():
         place, *names = item["loc"]
         if place == "path":
-            return answer_problem(request, Problem("not_found"))
+            return await answer_problem(request, Problem("not_found"))
         name = ".".join(str(name) for name in names)
         pointer = f"{name.title()}:" if place == "header" else f"?{name}"
         faults.append(Fault(pointer, "invalid_value", REMEDIES.get(pointer, f"{item['msg']}.")))
-    return answer_problem(request, Problem.of_faults(faults))
+    return await answer_problem(request, Problem.of_faults(faults))
 
 
-def _answer_redis(request: Request, error: Exception) -> JSONResponse:
+async def _answer_redis(request: Request, error: Exception) -> JSONResponse:
     _LOG.warning("redis failed", exception=type(error).__name__)
-    return answer_problem(request, Problem("queue_unavailable"))
+    return await answer_problem(request, Problem("queue_unavailable"))
 
 
-def _answer_artifact(request: Request, error: ArtifactError) -> JSONResponse:
+async def _answer_artifact(request: Request, error: ArtifactError) -> JSONResponse:
     code = error.code if error.code in TABLE else "storage_unavailable"
     _LOG.warning("artifact store failed", code=code)
-    return answer_problem(request, Problem(code))
+    return await answer_problem(request, Problem(code))
 
 
 def _version() -> str:

@@ -287,13 +287,13 @@ def problem_response(details: ProblemDetails, request_id: str) -> JSONResponse:
     )
 
 
-def answer_problem(request: Request, error: Problem) -> JSONResponse:
-    """Exception handler for `Problem`."""
+async def answer_problem(request: Request, error: Problem) -> JSONResponse:
+    """Exception handler for `Problem`. Like all of them it is a coroutine: a plain function is given a thread."""
     request.state.problem = error.details.code
     return problem_response(error.details, request.state.request_id)
 
 
-def answer_http(request: Request, error: HTTPException) -> JSONResponse:
+async def answer_http(request: Request, error: HTTPException) -> JSONResponse:
     """Exception handler for what the framework itself refuses: unknown routes and methods."""
     code = _BY_STATUS.get(error.status_code, "internal")
     request.state.problem = code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import struct
 import zlib
@@ -9,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.exceptions import RequestValidationError
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
 
-from service.problems import MEDIA_TYPE, TABLE
+from service.problems import MEDIA_TYPE, TABLE, Problem
 from tests.service.conftest import Bench, data_url, picture, reference
+from workers.artifacts import ArtifactError
 
 
 def _huge_header() -> bytes:
@@ -216,6 +221,13 @@ def test_no_picture_is_stored_for_a_refused_request(bench: Bench, tmp_path: Path
     references = [reference(), {"image": data_url(b"broken"), "role": "subject"}]
     assert bench.client.post("/v1/customize", json={"prompt": "a", "references": references}).status_code == 422
     assert [file for file in (tmp_path / "artifacts").rglob("*") if file.is_file()] == []
+
+
+def test_refusing_takes_no_thread(bench: Bench) -> None:
+    """A handler that is a plain function is given a thread: twice the time, and who is refused most would hold them."""
+    handlers = bench.client.app.exception_handlers  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue,reportUnknownMemberType,reportUnknownVariableType]
+    assert {Problem, HTTPException, RequestValidationError, RedisError, ArtifactError} <= set(handlers)  # pyright: ignore[reportUnknownArgumentType]
+    assert all(inspect.iscoroutinefunction(handler) for handler in handlers.values())  # pyright: ignore[reportUnknownArgumentType,reportUnknownMemberType,reportUnknownVariableType]
 
 
 def test_every_code_is_provoked_somewhere() -> None:
