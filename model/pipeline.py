@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 from torch._dynamo.exc import TorchDynamoException
 
 from kernels import dispatch
-from model.adapted import Adaptation, LoadedAdapter, load_adapter
-from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.compilation import compiled, keep_graphs
 from model.errors import DrawingError, WeightsError
 from model.lanes import Lanes, lanes_of
@@ -40,6 +38,8 @@ from model.schedule import sigmas
 from model.spec import ModelSpec
 from model.text import PromptEmbeds
 from model.vae import pack_latents, shown
+from model.weights.adapted import Adaptation, LoadedAdapter, load_adapter
+from model.weights.checkpoints import LoadedModel, ModelSource, load_model
 
 _LOG = logging.getLogger(__name__)
 

@@ -128,7 +128,7 @@ def begin(
 
 
 class Sampler:
-    """Runs of a network, and of those that adapters make of it (`model.adapted`).
+    """Runs of a network, and of those that adapters make of it (`model.weights.adapted`).
 
     Keeps the sites of the batches seen last: the same runs come together step after step.
     """

@@ -152,8 +152,8 @@ def courier(context: typer.Context) -> None:
 
 @app.command(**_PASS_ON)
 def fuse(context: typer.Context) -> None:
-    """Fold DreamO's adapters into a FLUX checkpoint (python -m model.fuse)."""
-    _become("model.fuse", context.args)
+    """Fold DreamO's adapters into a FLUX checkpoint (python -m model.weights.fuse)."""
+    _become("model.weights.fuse", context.args)
 
 
 @app.command(**_PASS_ON)

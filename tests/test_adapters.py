@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model.adapters import MAIN
-from model.checkpoints import SHIPPED, ModelSource
 from model.pipeline import load_pipeline
 from model.requests import ImageRequest, Reference
 from model.roles import Role
+from model.weights.adapters import MAIN
+from model.weights.checkpoints import SHIPPED, ModelSource
 from service.client import AdapterUse, Client, Job
 from service.client import Reference as Sent
 from service.commands.samples import star
 from tests.conftest import ROOT
-from tests.model.adapters import another_dreamo
+from tests.model.weights.adapters import another_dreamo
 from workers import pictures
 from workers.pictures import PictureLimits
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from model.adapters import MAIN
-from model.checkpoints import SHIPPED
+from model.weights.adapters import MAIN
+from model.weights.checkpoints import SHIPPED
 from service.app import create_app
 from service.settings import GatewaySettings
 from tests.conftest import ROOT
-from tests.model.adapters import another_dreamo
+from tests.model.weights.adapters import another_dreamo
 from tests.service.gates import serve
 from workers.redis_process import start_redis
 from workers.settings import CourierSettings, TrainingSettings, WorkerSettings

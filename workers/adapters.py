@@ -29,7 +29,7 @@ def add(
     The file may have the keys of DreamO, diffusers, peft, kohya, ComfyUI, fal, OneTrainer or XLabs. It is checked
     against DREAMSERVE_BASE_MODEL and copied into DREAMSERVE_ADAPTERS_DIR; workers that run see it at once.
     """
-    from model.changes import examine  # noqa: PLC0415 - torch, which `list` does without
+    from model.weights.changes import examine  # noqa: PLC0415 - torch, which `list` does without
 
     settings = _settings()
     if not NAME.fullmatch(name):

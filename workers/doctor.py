@@ -149,7 +149,7 @@ def expected_files(settings: WorkerSettings) -> list[str]:
     Raises:
         WeightsError: no version is configured and the base names one that does not exist.
     """
-    adapters = import_module("model.adapters")
+    adapters = import_module("model.weights.adapters")
     named = settings.version or own_version(settings.base_model)
     return [file.path for file in adapters.stack(named, turbo=settings.turbo)]
 

@@ -21,13 +21,13 @@ import torch
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer, T5Config, T5EncoderModel
 
-from model.checkpoints import SHIPPED, LoadedModel, quiet_libraries
 from model.fabricate import Shape, make_clip, make_transformer, write_tokenizers
 from model.positions import Grid
 from model.roles import Role
 from model.spec import load_spec
 from model.text import PromptEncoder
 from model.transformer import EmbeddingTables
+from model.weights.checkpoints import SHIPPED, LoadedModel, quiet_libraries
 from tests.benchmarks.measure import Figure, figure, interleaved, own_seconds
 from tests.benchmarks.step_cases import SHIFT, make_codec
 from tests.benchmarks.step_cases import SIZES as STEP_SIZES

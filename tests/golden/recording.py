@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from model.adapters import Version, fuse, read_adapter, stack
 from model.blocks import double_block, single_block, to_request_order
-from model.checkpoints import ModelSource, load_model, load_transformer
 from model.noise import ReleasedDraws
 from model.packing import Kind, Layout, lay_out, pack
 from model.pipeline import EncodedReference, EncodedRequest, Pipeline
@@ -31,6 +29,8 @@ from model.roles import Role
 from model.sampling import Denoising, moved
 from model.text import PromptEmbeds
 from model.transformer import embed, embed_time, site_of, split_vectors
+from model.weights.adapters import Version, fuse, read_adapter, stack
+from model.weights.checkpoints import ModelSource, load_model, load_transformer
 
 ROLES = {"ip": Role.SUBJECT, "id": Role.IDENTITY, "style": Role.STYLE}
 DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}

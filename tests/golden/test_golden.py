@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.adapters import Version
-from model.checkpoints import load_transformer
+from model.weights.adapters import Version
+from model.weights.checkpoints import load_transformer
 from tests.golden.__main__ import HERE, TOLERANCE, main
 from tests.golden.recording import Assets, Recording, check, read_recording
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoints import LoadedModel, ModelSource, load_model
+from model.weights.checkpoints import LoadedModel, ModelSource, load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "assets"
 

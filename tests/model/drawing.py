@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from model.adapted import Adaptation
 from model.pipeline import EncodedRequest, Pipeline
 from model.requests import ImageRequest, Reference
 from model.roles import Role
 from model.sampling import Denoising
+from model.weights.adapted import Adaptation
 
 
 def whole_request(pipeline: Pipeline, adaptation: Adaptation | None = None) -> EncodedRequest:

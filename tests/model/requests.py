@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from model.checkpoints import LoadedModel
 from model.packing import Condition, PackedSequence, ReferenceTokens, lay_out, pack
 from model.positions import Grid
 from model.roles import Role
+from model.weights.checkpoints import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.blocks import double_block, single_block
-from model.checkpoints import LoadedModel
 from model.compilation import compiled, fingerprint, keep_graphs
 from model.errors import WeightsError
 from model.network import fused
@@ -23,6 +22,7 @@ from model.preprocessors.prepare import load_tools
 from model.sampling import Denoising, Guidance, Sampler
 from model.schedule import sigmas
 from model.transformer import Network, embed, run, site_of, split_vectors
+from model.weights.checkpoints import LoadedModel
 from tests.model.requests import packed, sample
 
 PLAIN = Guidance(3.5, 3.5)

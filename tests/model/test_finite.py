@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from model.checkpoints import LoadedModel
 from model.errors import DrawingError, WeightsError
 from model.pipeline import Pipeline
 from model.preprocessors.prepare import load_tools
 from model.vae import LatentCodec
+from model.weights.checkpoints import LoadedModel
 from tests.model.drawing import begun
 
 

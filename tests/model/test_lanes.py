@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.checkpoints import LoadedModel
 from model.lanes import Lanes, lanes_of, shared_out
 from model.sampling import Guidance
+from model.weights.checkpoints import LoadedModel
 from tests.model.test_sampling import run, sampler
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from model.checkpoints import LoadedModel
 from model.network import fused
 from model.packing import lay_out, pack
 from model.pipeline import Pipeline
@@ -15,6 +14,7 @@ from model.preprocessors.prepare import load_tools
 from model.sampling import Denoising, Guidance, Sampler
 from model.schedule import sigmas
 from model.transformer import Network, forward
+from model.weights.checkpoints import LoadedModel
 from tests.model.drawing import whole_request
 from tests.model.requests import packed, sample
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.errors import WeightsError
 from model.network import fused, ready
 from model.precision import Absorbed, Fp8Linear, Int8Linear, Precision, check_device, held_bytes, quantized
 from model.transformer import EmbeddingTables, Network, forward, num_blocks
+from model.weights.checkpoints import LoadedModel, ModelSource, load_model
 from tests.model.requests import packed, sample
 
 Layer = Fp8Linear | Int8Linear

@@ -9,9 +9,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from model.checkpoints import LoadedModel
 from model.previews import PreviewMap, fit_preview_map
 from model.sampling import Guidance
+from model.weights.checkpoints import LoadedModel
 from tests.model.test_sampling import run, sampler
 from workers.training.stickerworld.settings import Settings
 from workers.training.stickerworld.world import sample

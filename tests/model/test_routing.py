@@ -12,11 +12,11 @@ from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.checkpoints import LoadedModel
 from model.losses import Losses, LossWeights, flow_loss, holder_loss, route_loss
 from model.packing import PackedSequence
 from model.routing import Capture, Positions, ResponseMaps, placeholder_ids, placeholder_positions
 from model.transformer import Network, forward, forward_with_maps
+from model.weights.checkpoints import LoadedModel
 from tests.model.requests import Sample, packed, sample
 from tests.model.test_transformer import stock
 

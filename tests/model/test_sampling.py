@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.checkpoints import LoadedModel
 from model.sampling import Denoising, Guidance, Sampler
 from model.schedule import sigmas
 from model.transformer import Network
+from model.weights.checkpoints import LoadedModel
 from tests.model.requests import sample
 
 CFG = Guidance(scale=3.5, first_step=2.0, true_scale=2.5, start=1, end=3, negative=3.0)

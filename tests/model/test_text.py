@@ -7,10 +7,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from model.checkpoints import ModelSource, load_text, resolve_base
 from model.errors import WeightsError
 from model.roles import ADDED_TOKENS
 from model.text import PromptEncoder
+from model.weights.checkpoints import ModelSource, load_text, resolve_base
 
 # Made with transformers 4.45.2's T5TokenizerFast plus the ten added tokens, on the recordings' tokenizer.
 TRANSFORMERS_4_45 = {

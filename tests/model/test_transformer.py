@@ -11,9 +11,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.packing import lay_out
 from model.transformer import EmbeddingTables, Network, forward
+from model.weights.checkpoints import LoadedModel, ModelSource, load_model
 from tests.model.requests import Sample, packed, sample
 
 

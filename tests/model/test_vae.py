@@ -7,8 +7,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.checkpoints import LoadedModel
 from model.vae import pack_latents, unpack_latents
+from model.weights.checkpoints import LoadedModel
 
 
 @given(st.integers(1, 5), st.integers(1, 5))

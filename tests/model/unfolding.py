@@ -8,9 +8,9 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import nn
 
-from model.checkpoints import ModelSource, load_model
 from model.precision import Fp8Linear, Int8Linear
 from model.transformer import Network
+from model.weights.checkpoints import ModelSource, load_model
 
 
 def unfolded(network: Network, source: ModelSource) -> FluxTransformer2DModel:

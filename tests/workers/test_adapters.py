@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from model.adapters import MAIN
-from model.checkpoints import SHIPPED, LoadedModel, ModelSource, load_model
-from tests.model.adapters import another_dreamo, kohya_lora, plain_lora
+from model.weights.adapters import MAIN
+from model.weights.checkpoints import SHIPPED, LoadedModel, ModelSource, load_model
+from tests.model.weights.adapters import another_dreamo, kohya_lora, plain_lora
 from workers.adapters import app
 from workers.registry import LORA, Registry
 

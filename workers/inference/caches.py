@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 from workers.jobs import Outcome
 
 if TYPE_CHECKING:
-    from model.adapted import LoadedAdapter
     from model.pipeline import EncodedReference, PreparedReference
     from model.text import PromptEmbeds
+    from model.weights.adapted import LoadedAdapter
 
 MIB: Final = 2**20
 V = TypeVar("V")

@@ -30,9 +30,9 @@ from workers.pictures import PictureLimits
 from workers.registry import Registry, RegistryError, check
 
 if TYPE_CHECKING:
-    from model.adapted import Adaptation, LoadedAdapter
     from model.pipeline import EncodedReference, EncodedRequest, PreparedReference
     from model.text import PromptEmbeds
+    from model.weights.adapted import Adaptation, LoadedAdapter
 
 Phase = Literal["load", "preprocess", "encode"]
 T = TypeVar("T")

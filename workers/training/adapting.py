@@ -16,8 +16,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from model.adapters import LowRank
 from model.roles import ADDED_TOKENS
+from model.weights.adapters import LowRank
 
 Targets = Literal["released", "attention", "all"]
 ADAPTER = "trained"

@@ -10,8 +10,8 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import nn
 
-from model.checkpoints import SHIPPED
 from model.errors import WeightsError
+from model.weights.checkpoints import SHIPPED
 from workers.training.adapting import Targets, module_names
 from workers.training.recipes import Recipe
 from workers.training.shapes import first_batches

@@ -17,7 +17,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from safetensors.torch import save_file
 
-from model.adapters import MAIN, LowRank
+from model.weights.adapters import MAIN, LowRank
 from workers.training.storage import replaced, writing
 
 PEFT = "adapter_model.safetensors"

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from model.checkpoints import LoadedModel
 from model.losses import Losses, LossTerm, flow_loss, holder_loss, noised, route_loss
 from model.packing import Condition, lay_out, pack
 from model.roles import ADDED_TOKENS
 from model.routing import Capture, ResponseMaps, placeholder_ids, placeholder_positions
 from model.text import PromptEmbeds, PromptEncoder
 from model.transformer import EmbeddingTables, Network, forward, forward_with_maps
+from model.weights.checkpoints import LoadedModel
 from workers.training.adapting import Embeddings
 from workers.training.batches import Batch, Example
 from workers.training.encodings import Encodings

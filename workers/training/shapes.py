@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.checkpoints import SHIPPED
 from model.packing import Condition, Layout, ReferenceTokens, lay_out
 from model.roles import PLACEHOLDERS, Role
 from model.spec import ModelSpec, flux_spec, load_spec
 from model.vae import LatentCodec
+from model.weights.checkpoints import SHIPPED
 from workers.training.batches import Example, compose, step_generator
 from workers.training.buckets import bucketed
 from workers.training.recipes import Recipe, Stage

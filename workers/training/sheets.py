@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.checkpoints import LoadedModel
 from model.losses import noised
 from model.packing import Condition, lay_out, pack
 from model.routing import Capture
 from model.sampling import Guidance, Sampler
 from model.schedule import sigmas
 from model.transformer import EmbeddingTables, Network, forward_with_maps
+from model.weights.checkpoints import LoadedModel
 from workers.pictures import encode
 from workers.training.adapting import Embeddings
 from workers.training.batches import Example, compose, step_generator

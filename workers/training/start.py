@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from model.adapters import EMBEDDINGS, MAIN, Adapter, read_adapter
-from model.checkpoints import (
+from model.roles import ADDED_TOKENS
+from model.spec import ModelSpec, load_spec
+from model.weights.adapters import EMBEDDINGS, MAIN, Adapter, read_adapter
+from model.weights.checkpoints import (
     SHIPPED,
     LoadedModel,
     ModelSource,
@@ -20,8 +22,6 @@ from model.checkpoints import (
     quiet_libraries,
     resolve_base,
 )
-from model.roles import ADDED_TOKENS
-from model.spec import ModelSpec, load_spec
 from workers.training.adapting import Embeddings, fresh_tables, start_from
 from workers.training.recipes import Recipe, RecipeError
 from workers.training.sources import DirectorySource, StickerSource, check_stages, open_source

@@ -21,9 +21,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.checkpoints import LoadedModel
-from model.fingerprints import fingerprint_of
 from model.losses import LossCounts, Losses, LossWeights
+from model.weights.checkpoints import LoadedModel
+from model.weights.fingerprints import fingerprint_of
 from workers.training import sheets
 from workers.training.adapting import add_adapter, changes
 from workers.training.batches import compose, step_generator

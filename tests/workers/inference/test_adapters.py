@@ -12,13 +12,13 @@ import redis
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.adapted import Adaptation
-from model.adapters import MAIN
-from model.checkpoints import SHIPPED, ModelSource
 from model.errors import AdapterError
 from model.pipeline import EncodedRequest, Pipeline, load_pipeline
 from model.sampling import Denoising
-from tests.model.adapters import another_dreamo, plain_lora
+from model.weights.adapted import Adaptation
+from model.weights.adapters import MAIN
+from model.weights.checkpoints import SHIPPED, ModelSource
+from tests.model.weights.adapters import another_dreamo, plain_lora
 from tests.workers.conftest import MakeJob
 from tests.workers.standin import StandinPipeline
 from workers import pictures

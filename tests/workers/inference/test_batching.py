@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from kernels.packs import Pack, make_pack
-from model.adapted import Adaptation
-from model.adapters import MAIN
-from model.checkpoints import SHIPPED, ModelSource
 from model.pipeline import Pipeline, load_pipeline
 from model.requests import ImageRequest, Reference
 from model.roles import Role
 from model.sampling import Denoising
-from tests.model.adapters import another_dreamo, plain_lora
+from model.weights.adapted import Adaptation
+from model.weights.adapters import MAIN
+from model.weights.checkpoints import SHIPPED, ModelSource
+from tests.model.weights.adapters import another_dreamo, plain_lora
 from workers.engine import Engine
 from workers.pictures import encode
 from workers.planner import Budget, Seat

@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from model.checkpoints import ModelSource
 from model.errors import UnusableReferenceError
 from model.pipeline import Pipeline, PreparedReference, load_pipeline
 from model.preprocessors.prepare import Tools
 from model.requests import Reference
 from model.roles import Role
+from model.weights.checkpoints import ModelSource
 from tests.model.portrait import draw_portrait
 from tests.waiting import wait_for
 from tests.workers.conftest import MakeJob

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.checkpoints import ModelSource
 from model.pipeline import load_pipeline
 from model.requests import ImageRequest
+from model.weights.checkpoints import ModelSource
 from tests.workers.conftest import MakeJob
 from tests.workers.inference.conftest import Make
 from tests.workers.inference.test_runner import run

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from model.adapters import fuse, read_adapter
-from model.checkpoints import ModelSource, load_transformer
+from model.weights.adapters import fuse, read_adapter
+from model.weights.checkpoints import ModelSource, load_transformer
 from workers.training.adapting import Embeddings, Targets, add_adapter, changes, module_names
 from workers.training.export import CARD, PEFT, ExportError, released_state, write_adapter
 

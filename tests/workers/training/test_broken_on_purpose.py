@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.losses import noised
 from model.packing import Condition, ReferenceTokens
 from model.roles import PLACEHOLDERS
 from model.sampling import Guidance, Sampler
 from model.transformer import Network
 from model.vae import LatentCodec
+from model.weights.checkpoints import LoadedModel, ModelSource, load_model
 from tests.workers.training.spoiling import Masks, each, first, inverted, moved, reordered, shifted, swapped, turned
 from tests.workers.training.squares import Squares
 from tests.workers.training.test_trainer import fresh_embeddings

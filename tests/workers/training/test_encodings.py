@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.checkpoints import LoadedModel, ModelSource, load_model
+from model.weights.checkpoints import LoadedModel, ModelSource, load_model
 from tests.workers.training.test_trainer import fresh_embeddings
 from workers.training.encodings import Encodings, Shelf
 from workers.training.recipes import Recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoints import ModelSource, load_model
+from model.weights.checkpoints import ModelSource, load_model
 from tests.workers.training.squares import Squares
 from tests.workers.training.test_trainer import STAGE, fresh_embeddings, recipe, trainer
 from workers.training import objective

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.adapters import read_adapter
 from model.roles import Role
+from model.weights.adapters import read_adapter
 from tests.conftest import ROOT
 from workers.training.buckets import bucket_sizes, bucketed, nearest_bucket
 from workers.training.recipes import Recipe, RecipeError, load_recipe

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from model.checkpoints import SHIPPED
 from model.errors import WeightsError
+from model.weights.checkpoints import SHIPPED
 from workers.training import trainer as trainer_module
 from workers.training.batches import Batch
 from workers.training.dry_run import describe

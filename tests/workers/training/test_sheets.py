@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.roles import Role
+from model.weights.checkpoints import LoadedModel, ModelSource, load_model
 from tests.workers.training.squares import Squares
 from tests.workers.training.test_trainer import STAGE, fresh_embeddings, recipe, same, trainer, weights
 from workers.training import sheets

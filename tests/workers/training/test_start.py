@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.adapters import MAIN
-from model.checkpoints import SHIPPED, ModelSource
 from model.errors import WeightsError
+from model.weights.adapters import MAIN
+from model.weights.checkpoints import SHIPPED, ModelSource
 from workers.training import start
 from workers.training.adapting import changes
 from workers.training.recipes import Recipe, RecipeError

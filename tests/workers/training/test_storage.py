@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-from model.adapters import LowRank
-from model.checkpoints import SHIPPED, load_part
+from model.weights.adapters import LowRank
+from model.weights.checkpoints import SHIPPED, load_part
 from workers.training.export import write_adapter, write_transformer
 from workers.training.snapshots import Snapshot, newest_snapshot, write_snapshot
 from workers.training.storage import StorageError

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoints import LoadedModel, ModelSource, load_model, load_plain
 from model.pipeline import Pipeline, PreparedReference
 from model.preprocessors.prepare import load_tools
 from model.requests import ImageRequest
 from model.roles import Role
 from model.transformer import EmbeddingTables
+from model.weights.checkpoints import LoadedModel, ModelSource, load_model, load_plain
 from tests.workers.training.squares import Squares
 from workers.training.adapting import Embeddings, fresh_tables
 from workers.training.batches import step_generator
@@ -271,7 +271,9 @@ def test_the_exported_adapter_serves_as_it_was_trained(tmp_path: Path) -> None:
     exported = run.export()
     command = ["--dreamo", str(exported.directory), "--version", "main", "--dtype", "float32"]
     subprocess.run(
-        [sys.executable, "-m", "model.fuse", "--out", str(tmp_path / "fused"), *command], check=True, timeout=120
+        [sys.executable, "-m", "model.weights.fuse", "--out", str(tmp_path / "fused"), *command],
+        check=True,
+        timeout=120,
     )
     served = load_model(ModelSource(fused=tmp_path / "fused", device="cpu"))
     trained = picture(in_training(run))

@@ -19,8 +19,8 @@ import redis
 import torch
 from safetensors.torch import load_file
 
-from model.checkpoints import SHIPPED
-from model.fingerprints import fingerprint_of
+from model.weights.checkpoints import SHIPPED
+from model.weights.fingerprints import fingerprint_of
 from tests.churning import churning, plain_walk_fails
 from tests.waiting import wait_for
 from workers import queues

@@ -31,11 +31,11 @@ import torch
 import typer
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from model.checkpoints import LoadedModel
 from model.errors import ModelError
 from model.pipeline import Pipeline
 from model.preprocessors.prepare import load_tools
 from model.roles import ADDED_TOKENS
+from model.weights.checkpoints import LoadedModel
 from workers.training.failures import TrainingError
 from workers.training.measuring.attending import peaks_inside
 from workers.training.measuring.evaluate import TABLES, pictures

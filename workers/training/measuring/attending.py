@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from model.checkpoints import LoadedModel
+from model.weights.checkpoints import LoadedModel
 from workers.training.adapting import Embeddings
 from workers.training.batches import compose
 from workers.training.objective import Objective

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, T5EncoderModel
 
-from model.checkpoints import load_text
 from model.fabricate import Shape, make_clip, make_t5, write_tokenizers
 from model.roles import ADDED_TOKENS, PLACEHOLDERS, Role
 from model.text import PromptEncoder
+from model.weights.checkpoints import load_text
 from workers.training.stickerworld.backgrounds import BACKGROUNDS
 from workers.training.stickerworld.colours import NAMED
 from workers.training.stickerworld.drafts import Draft

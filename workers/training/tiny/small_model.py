@@ -19,10 +19,10 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from model.adapters import MAIN
 from model.errors import ModelError
 from model.fabricate import Shape, make_transformer, write_index
 from model.spec import SPEC_FILE
+from model.weights.adapters import MAIN
 from workers.training.failures import TrainingError
 from workers.training.log import TrainingLog
 from workers.training.recipes import Recipe, RecipeError, load_recipe

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from model.checkpoints import LoadedModel, ModelSource, load_model
 from model.fabricate import Shape, write_model
 from model.pipeline import Pipeline
 from model.preprocessors.prepare import load_tools
 from model.spec import SPEC_FILE
+from model.weights.checkpoints import LoadedModel, ModelSource, load_model
 from workers.training.measuring.ablations import (
     COLUMNS,
     FLOW,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from model.checkpoints import ModelSource
 from model.pipeline import Pipeline, load_pipeline
+from model.weights.checkpoints import ModelSource
 from workers.training.measuring.evaluate import TABLES, app, columns, pictures, through_vae
 from workers.training.oracle.tables import table
 from workers.training.stickerworld.scenes import Scene

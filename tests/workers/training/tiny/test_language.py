@@ -9,10 +9,10 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from model.checkpoints import load_text
 from model.fabricate import Shape
 from model.roles import ADDED_TOKENS
 from model.text import PromptEncoder
+from model.weights.checkpoints import load_text
 from workers.training.start import spare_rows
 from workers.training.stickerworld.draws import Draws
 from workers.training.stickerworld.layouts import PLACES

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoints import ModelSource, load_model
 from model.spec import load_spec
+from model.weights.checkpoints import ModelSource, load_model
 from tests.model.requests import sample
 from tests.model.test_transformer import ours
 from workers.training.recipes import Recipe

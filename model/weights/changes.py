@@ -13,13 +13,13 @@ from accelerate import init_empty_weights
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from model.adapters import Adapter, LowRank, read_adapter
-from model.checkpoints import check_embeddings, resolve_base
 from model.errors import WeightsError
 from model.network import projected_layers
 from model.precision import Fp8Linear, Int8Linear
 from model.text import check_rows
 from model.transformer import Network
+from model.weights.adapters import Adapter, LowRank, read_adapter
+from model.weights.checkpoints import check_embeddings, resolve_base
 
 
 @dataclass(frozen=True, slots=True)

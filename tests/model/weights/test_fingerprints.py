@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoints import SHIPPED
 from model.fabricate import TINY, make_transformer
-from model.fingerprints import fingerprint_of
+from model.weights.checkpoints import SHIPPED
+from model.weights.fingerprints import fingerprint_of
 
 State = dict[str, torch.Tensor]
 

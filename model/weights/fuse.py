@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from model.checkpoints import SHIPPED, ModelSource, settings_of, write_fused
 from model.errors import ModelError
+from model.weights.checkpoints import SHIPPED, ModelSource, settings_of, write_fused
 
 
 class FuseDtype(StrEnum):

@@ -10,8 +10,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model.adapters import Adapter, LowRank, fuse, read_adapter, stack
 from model.errors import WeightsError
+from model.weights.adapters import Adapter, LowRank, fuse, read_adapter, stack
 from tests.model.conftest import GOLDEN
 
 LORA = GOLDEN / "lora"

@@ -16,21 +16,21 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from model.adapted import Adaptation
-from model.adapters import MAIN, fuse, read_adapter
-from model.checkpoints import LoadedModel, ModelSource, load_model, write_fused
 from model.errors import AdapterError
 from model.fabricate import TINY, TINY_SPEC, write_model
-from model.fingerprints import fingerprint_of
 from model.network import fused
-from model.parts import load_part
 from model.pipeline import Pipeline
 from model.precision import quantized
 from model.preprocessors.prepare import Tools, load_tools
 from model.transformer import EmbeddingTables, Network
-from tests.model.adapters import another_dreamo, lora_files, plain_lora
+from model.weights.adapted import Adaptation
+from model.weights.adapters import MAIN, fuse, read_adapter
+from model.weights.checkpoints import LoadedModel, ModelSource, load_model, write_fused
+from model.weights.fingerprints import fingerprint_of
+from model.weights.parts import load_part
 from tests.model.drawing import begun, drawn, off
 from tests.model.unfolding import unfolded
+from tests.model.weights.adapters import another_dreamo, lora_files, plain_lora
 
 SCALES = (1.0, 0.6, -0.5)
 

@@ -24,20 +24,20 @@ from tokenizers import Tokenizer
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from model.adapters import EMBEDDINGS, MAIN, Adapter, AdapterFile, fuse, read_adapter, stack
 from model.errors import WeightsError
-from model.fingerprints import fingerprint_of
-from model.parts import load_part
 from model.precision import check_device, quantized
 from model.schedule import ShiftRule, read_shift_rule
 from model.spec import ModelSpec, Version, load_spec, own_version
 from model.text import PromptEncoder
 from model.transformer import EmbeddingTables, Network
 from model.vae import LatentCodec
+from model.weights.adapters import EMBEDDINGS, MAIN, Adapter, AdapterFile, fuse, read_adapter, stack
+from model.weights.fingerprints import fingerprint_of
+from model.weights.parts import load_part
 
 log = logging.getLogger(__name__)
 
-SHIPPED = Path(__file__).parent / "tiny"
+SHIPPED = Path(__file__).parents[1] / "tiny"
 """The small model that comes with the project; its DreamO files lie in `dreamo/` beside the rest."""
 
 FUSED_EMBEDDINGS = "dreamo_embeddings.safetensors"

@@ -16,10 +16,10 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.adapters import read_adapter
-from model.changes import examine
-from model.checkpoints import SHIPPED
 from model.errors import WeightsError
+from model.weights.adapters import read_adapter
+from model.weights.changes import examine
+from model.weights.checkpoints import SHIPPED
 
 WIDTH, RANK = 8, 2
 LAYERS = {  # rows and columns in widths, then diffusers' modules with theirs

@@ -25,12 +25,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from model.adapters import Adapter, LowRank, read_adapter
-from model.changes import changes_by_layer
-from model.checkpoints import LoadedModel, check_embeddings
 from model.errors import AdapterError, WeightsError
 from model.text import check_rows
 from model.transformer import EmbeddingTables, Network
+from model.weights.adapters import Adapter, LowRank, read_adapter
+from model.weights.changes import changes_by_layer
+from model.weights.checkpoints import LoadedModel, check_embeddings
 
 _LOG = logging.getLogger(__name__)
 _MISMATCH = (

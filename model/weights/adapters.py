@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from model.errors import WeightsError
-from model.layer_names import Layer, layer_of
 from model.spec import Version
+from model.weights.layer_names import Layer, layer_of
 
 T = TypeVar("T")
 

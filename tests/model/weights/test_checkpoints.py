@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from model.checkpoints import (
+from model.errors import WeightsError
+from model.fabricate import Shape, write_model
+from model.weights.checkpoints import (
     FUSED_EMBEDDINGS,
     ModelSource,
     load_model,
     load_transformer,
     write_fused,
 )
-from model.errors import WeightsError
-from model.fabricate import Shape, write_model
-from model.fuse import app
+from model.weights.fuse import app
 from tests.model.requests import sample
 from tests.model.test_transformer import ours
 
