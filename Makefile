@@ -23,7 +23,7 @@ serve: $(VENV)/run.stamp ## start gateway, Redis and a worker on http://127.0.0.
 	$(BIN)/dreamserve serve
 
 test: $(VENV)/dev.stamp ## run the tests
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev.stamp ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .

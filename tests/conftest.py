@@ -19,6 +19,11 @@ LONG = ("tests/kernels/test_interpreted.py", "tests/workers/training/")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores, since some tests wait for a clock; four at most, since each holds torch and a model."""
+    return min((os.cpu_count() or 1) + 1, 4)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files are given to the processes of a run in the order of their first test."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONG))

@@ -1,6 +1,6 @@
-"""A training as one of several processes: `torchrun … -m tests.workers.training.spread DIRECTORY [STOP_AFTER]`.
+"""Trainings as one of several processes: `torchrun … -m tests.workers.training.spread DIRECTORY[:STOP_AFTER] …`.
 
-Each process writes what it ended with to DIRECTORY/rank-N.json.
+Each process writes what it ended with to DIRECTORY/rank-N.json; one training follows the other.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+
+from accelerate import Accelerator
 
 from workers.training.recipes import Recipe
 from workers.training.start import prepare
@@ -28,7 +30,7 @@ RECIPE = Recipe.model_validate(
 )
 
 
-def main(directory: Path, stop_after: int | None) -> None:
+def train(directory: Path, stop_after: int | None) -> Accelerator:
     losses: list[float] = []
 
     def report(step: StepReport) -> None:
@@ -45,8 +47,14 @@ def main(directory: Path, stop_after: int | None) -> None:
     rank = run.accelerator.process_index
     ended = {"step": run.step, "digest": digest.hexdigest(), "losses": losses, "leads": run.leads}
     (directory / f"rank-{rank}.json").write_text(json.dumps(ended))
-    run.accelerator.end_training()
+    return run.accelerator
+
+
+def main() -> None:
+    trainings = (argument.partition(":") for argument in sys.argv[1:])
+    *_, accelerator = [train(Path(at), int(stop_after) if stop_after else None) for at, _, stop_after in trainings]
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main()
