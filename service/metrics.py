@@ -39,14 +39,11 @@ class GatewayMetrics:
     def fresh(cls) -> GatewayMetrics:
         """With a registry of its own."""
         one = fresh_registry()
-        rejects = counter(one, "rejects", "Problems answered, by their code in docs/errors.md.", "code")
-        for code in TABLE:  # from 0 on: Prometheus sees no increase in what appears with its first problem
-            rejects.labels(code)
         return cls(
             one,
             counter(one, "http_requests", "Answers, by route template.", "method", "route", "status"),
             histogram(one, "http_request_s", "From a request's head to its answer's end.", "method", "route"),
-            rejects,
+            counter(one, "rejects", "Problems answered, by their code in docs/errors.md.", "code", zeros=TABLE),
             counter(one, "submissions", "Submissions accepted, or replayed by their key.", "kind", "outcome"),
             gauge(one, "event_streams", "Event streams that are open."),
         )

@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from workers.telemetry.metrics import PREFIX, Scraped, counter, fresh_registry, histogram
 
 _ATTEMPTS = tuple(range(1, 12))
+_TOLD = ("done", "retry", "dead")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,15 @@ class CourierMetrics:
         one = fresh_registry()
         return cls(
             one,
-            counter(one, "fetches", "Jobs whose references were fetched: `resolved`, or why not.", "outcome"),
+            counter(
+                one,
+                "fetches",
+                "Jobs whose references were fetched: `resolved`, or why not.",
+                "outcome",
+                zeros=("resolved",),
+            ),
             histogram(one, "fetch_s", "All references of a job."),
-            counter(one, "webhooks", "Attempts at messages: what came of them.", "outcome"),
+            counter(one, "webhooks", "Attempts at messages: what came of them.", "outcome", zeros=_TOLD),
             histogram(one, "webhook_s", "One attempt."),
             histogram(one, "webhook_attempts", "Attempts until a message was taken or given up.", bounds=_ATTEMPTS),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -55,7 +56,9 @@ class WorkerMetrics:
         one = fresh_registry()
         return cls(
             one,
-            counter(one, "requests_ended", "Jobs that this worker has let go of, by how.", "state"),
+            counter(
+                one, "requests_ended", "Jobs that this worker has let go of, by how.", "state", zeros=get_args(End)
+            ),
             histogram(one, "e2e_request_latency_s", "From a job's claim to its commit.", bounds=LONG_S),
             histogram(one, "stage_gen_time_s", "Time that a job spent in a stage, its share of forwards.", "stage"),
             counter(one, "image_count", "Pictures of committed jobs."),

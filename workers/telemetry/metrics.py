@@ -29,9 +29,17 @@ def fresh_registry() -> CollectorRegistry:
     return registry
 
 
-def counter(registry: CollectorRegistry, name: str, meaning: str, *labels: str) -> Counter:
-    """A counter; `_total` is added to its name."""
-    return Counter(f"{PREFIX}{name}", meaning, labels, registry=registry)
+def counter(registry: CollectorRegistry, name: str, meaning: str, *labels: str, zeros: Iterable[str] = ()) -> Counter:
+    """A counter; `_total` is added to its name.
+
+    Args:
+        zeros: values of its one label that are there from the start: in a series that appears as 1 Prometheus sees no
+            increase, and an alert would miss the first.
+    """
+    made = Counter(f"{PREFIX}{name}", meaning, labels, registry=registry)
+    for value in zeros:
+        made.labels(value)
+    return made
 
 
 def gauge(registry: CollectorRegistry, name: str, meaning: str, *labels: str) -> Gauge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -27,7 +28,13 @@ class TrainingMetrics:
         one = fresh_registry()
         return cls(
             one,
-            counter(one, "trainings_ended", "Trainings that this worker has let go of, by how.", "state"),
+            counter(
+                one,
+                "trainings_ended",
+                "Trainings that this worker has let go of, by how.",
+                "state",
+                zeros=get_args(End),
+            ),
             gauge(one, "num_trainings_running", "Trainings in hand."),
             counter(one, "training_steps", "Optimizer steps."),
             counter(one, "training_samples", "Records that were trained on."),

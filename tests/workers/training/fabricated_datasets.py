@@ -19,7 +19,6 @@ from workers.training.datasets.faults import REMEDIES
 
 Pixels = NDArray[np.uint8]
 TILE = 512
-WIDE = (528, 1056)
 
 
 def noise(seed: int, height: int = 16, width: int = 16) -> Pixels:
