@@ -91,7 +91,7 @@ def test_one_that_hangs_is_replaced(prover: PictureProver, monkeypatch: pytest.M
     stopped.suspend()
     monkeypatch.setattr(picture_process, "_PATIENCE_S", 0.2)
     prover._ask(prover._process, WEBP)  # type: ignore[arg-type]  # pyright: ignore[reportPrivateUsage]
-    assert stopped.status() == psutil.STATUS_ZOMBIE or not stopped.is_running()
+    wait_for(lambda: stopped.status() == psutil.STATUS_ZOMBIE, "its end")
     monkeypatch.undo()
     assert prover.check(WEBP) == (20, 30)
 
