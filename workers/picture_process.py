@@ -29,7 +29,7 @@ _PATIENCE_S: Final = 60.0
 _ATTEMPTS: Final = 2
 _HEADROOM: Final = 512 * 2**20
 """Bytes the process may take beyond what it begins with; WebP at its cap takes 200 MB."""
-_PASSED_ON: Final = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
+_PASSED_ON: Final = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")
 
 _LOG = structlog.stdlib.get_logger("workers.picture_process")
 
@@ -68,7 +68,7 @@ class PictureProver:
                 answer = self._ask(process, data)
                 if answer is not None:
                     return _read(answer)
-                _LOG.warning("picture_process_ended", status=self._end(), attempt=attempt)
+                _LOG.warning("picture process ended", status=self._end(), attempt=attempt)
         raise undecodable()
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class PictureProver:
                 start_new_session=True,  # Ctrl-C is for the service, which ends it
             )
         except OSError as error:
-            _LOG.warning("picture_process_not_started", errno=error.errno)
+            _LOG.warning("picture process not started", errno=error.errno)
         return self._process
 
     def _ask(self, process: subprocess.Popen[bytes], data: bytes) -> bytes | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from workers.courier.webhooks import Told
 from workers.telemetry.metrics import PREFIX, Scraped, counter, fresh_registry, histogram
 
 _ATTEMPTS = tuple(range(1, 12))
-_TOLD = ("done", "retry", "dead")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class CourierMetrics:
                 zeros=("resolved",),
             ),
             histogram(one, "fetch_s", "All references of a job."),
-            counter(one, "webhooks", "Attempts at messages: what came of them.", "outcome", zeros=_TOLD),
+            counter(one, "webhooks", "Attempts at messages: what came of them.", "outcome", zeros=get_args(Told)),
             histogram(one, "webhook_s", "One attempt."),
             histogram(one, "webhook_attempts", "Attempts until a message was taken or given up.", bounds=_ATTEMPTS),
         )
@@ -49,8 +50,8 @@ class CourierMetrics:
         self._fetches.labels(outcome).inc()
         self._fetch_seconds.observe(seconds)
 
-    def told(self, outcome: str, attempt: int, seconds: float) -> None:
-        """One attempt. `outcome`: `done`, `retry` or `dead`."""
+    def told(self, outcome: Told, attempt: int, seconds: float) -> None:
+        """One attempt."""
         self._webhooks.labels(outcome).inc()
         self._webhook_seconds.observe(seconds)
         if outcome != "retry":

@@ -27,13 +27,15 @@ CAPS: Final = Caps(open_s=5.0, total_s=15.0, max_bytes=0, redirects=0)
 
 SecretsOf = Callable[[str], Sequence[str]]
 """The secrets that a tenant's messages are signed with, newest first."""
+Told = Literal["done", "retry", "dead"]
+"""What came of an attempt: taken, to be made again, or given up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
     """What becomes of a message after an attempt."""
 
-    kind: Literal["done", "retry", "dead"]
+    kind: Told
     after_s: float = 0.0
 
 
