@@ -56,7 +56,7 @@ class Crowd(threading.Thread):
         peer, opening = self.peers[number], OPENINGS[number % len(OPENINGS)]
         try:
             if peer is None:
-                peer = socket.create_connection(self.address, timeout=10)
+                peer = socket.create_connection(self.address, timeout=30)
                 peer.setblocking(False)
                 self.opened += 1
                 self.peers[number] = peer

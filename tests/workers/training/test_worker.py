@@ -34,7 +34,7 @@ from workers.training.recipes import load_recipe
 from workers.training.trainer import Trainer
 from workers.training.worker import TrainingRunner, open_station, sweep_runs
 
-LEASE_S = 1.0
+LEASE_S = 2.5
 SMALL = {
     "save_every": 1,
     "lora": {"rank": 2},
@@ -156,7 +156,7 @@ def test_sigterm_hands_the_training_on(yard: Yard, spawn: Callable[[], subproces
     process = spawn()
     wait_for(lambda: yard.step(job) >= 2, "some steps")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     record = yard.record(job)
     assert (record.status, record.attempt) == (JobStatus.QUEUED, 1)
     assert queues.queue(yard.client, TRAINING).get_job_ids() == [job]
