@@ -21,6 +21,7 @@ FATAL_EXIT = 2
 """Exit status of a child that cannot run as configured: wrong options, or a model that does not load."""
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+LOOK_EVERY_S = 0.02
 STEADY_S = 60.0
 """A child that ran this long starts again without a growing pause."""
 
@@ -92,8 +93,12 @@ class ProcessTree:
             child.start_again_at = now + child.pause_s
             child.pause_s = min(child.pause_s * 2, LONGEST_PAUSE_S)
 
-    def stop(self, grace_s: float) -> None:
-        """Ask every child to end; whatever is left of it after `grace_s`, or its program's own, is killed."""
+    def stop(self, grace_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Ask every child to end; whatever is left of it after `grace_s`, or its program's own, is killed.
+
+        Args:
+            hurry: asked all the while; once it says yes, nobody is waited for.
+        """
         running = [
             (grace_s if child.program.grace_s is None else child.program.grace_s, child.process)
             for child in self._children
@@ -104,10 +109,11 @@ class ProcessTree:
                 process.terminate()
         asked_at = time.monotonic()
         for seconds, process in sorted(running, key=lambda one: one[0]):
-            try:
-                process.wait(max(0.0, asked_at + seconds - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                self._report(f"process {process.pid} did not end within {seconds:g} s: killed")
+            while process.poll() is None and time.monotonic() < asked_at + seconds and not hurry():
+                time.sleep(LOOK_EVERY_S)
+            if process.poll() is None:
+                waited = "at once" if hurry() else f"within {seconds:g} s"
+                self._report(f"process {process.pid} did not end {waited}: killed")
             _kill_session(process)
             process.wait()
 

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -63,7 +62,7 @@ class Serving:
 
 
 def serve(serving: Serving, *, report: Callable[[str], None], ready: Callable[[str], None]) -> None:
-    """Run until SIGINT or SIGTERM; nothing is left running on return.
+    """Run until SIGINT or SIGTERM; nothing is left running on return. A second SIGINT does not wait for anybody.
 
     Args:
         report: told what happens to the children.
@@ -75,9 +74,9 @@ def serve(serving: Serving, *, report: Callable[[str], None], ready: Callable[[s
         RedisUnavailableError: no private Redis can be started.
         OSError: the address is taken or the state directory cannot be made.
     """
-    stopping = threading.Event()
+    asked = _Asked()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, asked.hear)
     serving.state_dir.mkdir(parents=True, exist_ok=True)
     with _listen(serving.host, serving.port) as listener, _Store(serving, report) as store:
         refuse_open(serving.auth, serving.host, store.url)
@@ -85,14 +84,15 @@ def serve(serving: Serving, *, report: Callable[[str], None], ready: Callable[[s
         tree = ProcessTree(_programs(serving, listener, store.url), report=report)
         try:
             tree.start()
-            while not stopping.wait(WATCH_EVERY_S):
+            while not asked.to_stop:
                 store.watch()
                 tree.watch()
                 readiness.look()
                 if not readiness.told and tree.restarts >= MAX_EARLY_RESTARTS:
                     raise TreeFailedError("it ended too often before it was ready (its messages are above)")
+                time.sleep(WATCH_EVERY_S)
         finally:
-            tree.stop(serving.grace_s)
+            tree.stop(serving.grace_s, lambda: asked.to_hurry)
 
 
 def run_gateway(application: FastAPI, host: str, port: int, fd: int | None) -> None:
@@ -102,6 +102,17 @@ def run_gateway(application: FastAPI, host: str, port: int, fd: int | None) -> N
     settings: GatewaySettings = application.state.gateway.settings
     deadlines = Deadlines(body=settings.body_timeout_s + 10)
     _Server(http_config(application, host, port, deadlines)).run(sockets=sockets)
+
+
+class _Asked:
+    """What signals have asked for. Plain values: a handler that takes a lock may wait for the code it interrupted."""
+
+    def __init__(self) -> None:
+        self.to_stop = self.to_hurry = False
+
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        self.to_hurry = self.to_hurry or (self.to_stop and number == signal.SIGINT)
+        self.to_stop = True
 
 
 class _Server(uvicorn.Server):

@@ -75,6 +75,27 @@ def test_stop_leaves_nothing_behind() -> None:
     os.close(reader)
 
 
+def test_who_hurries_waits_for_nobody() -> None:
+    """However long they may take otherwise."""
+    reader, writer = os.pipe()
+    code = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "os.write(int(sys.argv[1]), b'!')\n"
+        "time.sleep(600)\n"
+    )
+    said: list[str] = []
+    tree = ProcessTree([_python(code, str(writer), pass_fds=(writer,), grace_s=600.0)], report=said.append)
+    tree.start()
+    os.close(writer)
+    assert os.read(reader, 1) == b"!"
+    looks = iter([False, False])
+    tree.stop(600.0, lambda: next(looks, True))
+    assert _closed(reader)
+    assert len(said) == 1 and said[0].endswith("did not end at once: killed")
+    os.close(reader)
+
+
 def test_a_program_may_have_a_longer_grace(tmp_path: Path) -> None:
     """What one of them has to write takes longer than the others get, and those do not get longer for it."""
     code = (

@@ -60,6 +60,26 @@ serve(
 )
 """
 
+STUBBORN = """
+import sys
+from pathlib import Path
+from service.commands.serving import Serving, serve
+stay = '''
+import signal, sys, time
+from pathlib import Path
+home = Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (home / "asked").touch())
+(home / "begun").touch()
+time.sleep(3600)
+'''
+command = (sys.executable, "-S", "-c", stay, sys.argv[1])
+serve(
+    Serving("127.0.0.1", 0, 1, Path(sys.argv[1]) / "state", None, grace_s=3600.0, worker_command=command),
+    report=lambda text: print(text, file=sys.stderr, flush=True),
+    ready=lambda address: None,
+)
+"""
+
 SETTLED = """
 import gc, sys
 from service.app import app_factory
@@ -222,6 +242,19 @@ def test_a_restart_costs_no_attempt(model_dir: Path, tmp_path: Path) -> None:
     finally:
         leave(second)
     assert ended.attempt == 1
+
+
+def test_a_second_ctrl_c_waits_for_nobody(model_dir: Path, tmp_path: Path) -> None:
+    """A worker that takes an hour to leave is waited for after one, not after two; nothing is left behind."""
+    command = [sys.executable, "-c", STUBBORN, str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment(model_dir))
+    wait_for((tmp_path / "begun").exists, "the worker")
+    process.send_signal(signal.SIGINT)
+    wait_for((tmp_path / "asked").exists, "it to be asked to leave")
+    assert process.poll() is None, "it is waited for"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)  # returns only when nobody holds the pipe any more
+    assert (process.returncode, "did not end at once: killed" in errors) == (0, True), errors
 
 
 def test_workers_have_less_time_than_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

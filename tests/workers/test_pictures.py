@@ -274,7 +274,7 @@ def test_masks() -> None:
     ],
 )
 def test_bombs_are_refused_by_their_header(bomb: bytes) -> None:
-    """Files of a few bytes that promise gigapixels are refused before any decoder sees them: one would call them broken."""
+    """Files of a few bytes that promise gigapixels are refused by it: a decoder would call them broken."""
     assert code_of(lambda: inspect(bomb, LIMITS)) == "image_too_large"
     assert code_of(lambda: decode(bomb, LIMITS)) == "image_too_large"
 

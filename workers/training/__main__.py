@@ -35,7 +35,8 @@ def train(
 ) -> None:
     """Train an adapter by a recipe and write it in the released format and in peft's.
 
-    SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint and exit status 3.
+    SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint and exit status 3; a second Ctrl-C at once,
+    and the run goes on from the checkpoint before.
     """
     try:
         plan = load_recipe(recipe).with_overrides(base=base, data=data)
@@ -54,8 +55,13 @@ def _run(plan: Recipe, directory: Path, *, resume: bool) -> bool:
         raise RecipeError(f"{directory} holds a run already: --resume it, or name another --out")
     with TrainingLog(directory, plan.steps) as log:
         run = prepare(plan, directory, log.step)
+
+        def leave(*_: object) -> None:
+            run.stop.set()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: run.stop.set())
+            signal.signal(number, leave)
         if resume and not run.resume():
             print(f"no checkpoint in {directory}: starting anew", file=sys.stderr)
         if not run.run():

@@ -57,7 +57,7 @@ def restore_optimizer(
     for name, parameter in parameters.items():
         fields = optimizer.state[parameter]
         for key, value in state.get(name, {}).items():
-            fields[key] = value.clone() if key == "step" else value.to(parameter.device).clone()
+            fields[key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
     for key, value in state["group"].items():
         for group in optimizer.param_groups:
             plain = value.dtype in (torch.int64, torch.float64)

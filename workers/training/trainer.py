@@ -129,6 +129,7 @@ class Trainer:
         Raises:
             OtherRunError: the checkpoint is of another run.
             SnapshotError: it is damaged.
+            TrainingError: memory ran out.
         """
         snapshot = newest_snapshot(self.directory / "checkpoints")
         if snapshot is None:
@@ -143,10 +144,12 @@ class Trainer:
             stage, within = self.recipe.at(snapshot.step)
             self._enter(stage)
             if within:
-                restore_optimizer(self._now.optimizer, self._learning(), snapshot.optimizer)
-                self._now.averages = {
-                    name: tensor.to(parameters[name].device, copy=True) for name, tensor in snapshot.averages.items()
-                }
+                try:
+                    restore_optimizer(self._now.optimizer, self._learning(), snapshot.optimizer)
+                except torch.OutOfMemoryError as error:
+                    raise self._exhausted(f"resuming after step {snapshot.step}", save=False) from error
+                for name, average in self._now.averages.items():
+                    average.copy_(snapshot.averages[name])
         return True
 
     def run(self) -> bool:

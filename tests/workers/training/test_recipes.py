@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,24 @@ def test_sigterm_checkpoints_and_resume_goes_on(tmp_path: Path) -> None:
     )
     assert 20 <= done < 400
     assert f"stopped after step {done}" in err
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path) -> None:
+    """One waits for a step that takes long; the next ends the command there, and the checkpoint before stays."""
+    slow = TINY.replace("steps: 3, batch: 2", "steps: 400, batch: 64")
+    (tmp_path / "try.yaml").write_text(slow.replace("save_every: 2", "save_every: 1"))
+    run = command("try.yaml", "--out", "run", folder=tmp_path)
+    while not list(tmp_path.glob("run/checkpoints/step-*")):
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert run.poll() is None, "the step goes on"
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 130, err
+    assert "stopped after" not in err
+    assert [path.name for path in tmp_path.glob("run/checkpoints/step-*")] == ["step-00000001"]
 
 
 def test_a_dry_run_counts_flux() -> None:

@@ -129,6 +129,25 @@ def test_running_out_of_memory_half_way_through_the_weights_keeps_the_older(tmp_
     assert kept(tmp_path) == 2
 
 
+def test_running_out_of_memory_as_a_run_is_resumed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that lacks the room for what the optimizer remembers; with room, the run goes on from there."""
+    stopped = trainer(tmp_path, recipe())
+    stopped.report = lambda report: stopped.stop.set() if report.step == 3 else None
+    assert not stopped.run()
+
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "restore_optimizer", exhausted)
+        with pytest.raises(
+            TrainingError, match=r"resuming after step 3: the device ran out of memory; .* of step 3 is"
+        ):
+            trainer(tmp_path, recipe()).resume()
+    again = trainer(tmp_path, recipe())
+    assert again.resume() and again.step == 3
+
+
 def test_running_out_of_memory_at_the_start_of_a_stage_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
