@@ -13,9 +13,11 @@ from service.commands.serving import http_config
 from service.settings import GatewaySettings
 from workers.picture_process import PictureProver
 from workers.pictures import PictureLimits
+from workers.telemetry.logs import configure_logging
 
 
 def main() -> None:
+    configure_logging("warning")  # to standard error: nobody reads on where the port has been printed
     app = create_app(GatewaySettings())
     if "--unlimited" in sys.argv:
         limits = PictureLimits(2**30, max_pixels=2**62, max_webp_pixels=2**62, max_side=2**31)
