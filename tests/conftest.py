@@ -48,4 +48,4 @@ def address(state: Path) -> Generator[str]:
         yield line.split()[-1]
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(240) == 0

@@ -35,7 +35,7 @@ def command(state: Path, *arguments: str) -> str:
     line = [sys.executable, "-m", "service.cli", "adapters", *arguments]
     environment["DREAMSERVE_STATE_DIR"] = str(state)
     return subprocess.run(
-        line, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=60
+        line, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=240
     ).stdout
 
 

@@ -144,7 +144,7 @@ def run(command: list[str], folder: Path) -> None:
     for name in ("docs", "model"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
-    subprocess.run(command, cwd=folder, check=True, timeout=120)
+    subprocess.run(command, cwd=folder, check=True, timeout=240)
 
 
 def shell(script: str, folder: Path) -> None:
@@ -156,7 +156,7 @@ def shell(script: str, folder: Path) -> None:
 def test_the_help_shows_placeholders() -> None:
     """What looks like markup to the terminal library is shown as it is written."""
     command = [sys.executable, "-m", "service.cli", "submit", "--help"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=60).stdout
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=240).stdout
     assert "[ref#1]" in said
 
 

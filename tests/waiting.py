@@ -9,12 +9,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 90.0) -> T:
+def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 240.0) -> T:
     """Look until there is something to see; after `timeout_s` the test fails and says `what` is missing."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         seen = look()
         if seen:
             return seen
-        time.sleep(0.005)
+        time.sleep(0.01)
     raise AssertionError(f"waited in vain for {what}")

@@ -176,7 +176,7 @@ def test_compose_takes_the_files(files: tuple[str, ...]) -> None:
     chosen = [word for file in files for word in ("--file", file)]
     command = [docker, "compose", *chosen, "--profile", "training", "config", "--quiet"]
     environment = {**os.environ, "REDIS_PASSWORD": "a-password"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
 
 

@@ -32,7 +32,7 @@ def run(script: str, folder: Path) -> list[list[str]]:
     (folder / "docker").chmod(0o755)
     shutil.copy(ROOT / ".env.example", folder)
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "NOTED": str(folder / "noted")}
-    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, check=True, timeout=60)
+    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, check=True, timeout=240)
     return [line.split() for line in (folder / "noted").read_text().splitlines()]
 
 

@@ -221,7 +221,7 @@ def started(
     try:
         yield process
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it was sent
+        assert process.wait(240) in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it was sent
     finally:
         process.kill()
         process.wait()
@@ -231,7 +231,7 @@ def asked(port: int) -> int:
     """The exit status of the health check."""
     proxied = {"http_proxy": "http://127.0.0.1:1", "PATH": os.environ["PATH"]}
     command = [sys.executable, "-IS", READY, str(port)]
-    return subprocess.run(command, env=proxied, capture_output=True, check=False, timeout=30).returncode
+    return subprocess.run(command, env=proxied, capture_output=True, check=False, timeout=240).returncode
 
 
 def free_port() -> int:
@@ -259,7 +259,7 @@ def test_without_one_of_them_it_does_not_start(server: RedisProcess, site: Path,
     with pytest.raises(AssertionError), started(site, "service.cli", "gateway", "--port", "0", **place) as process:
         assert process.stderr is not None
         assert b"No module named 'orjson'" in process.stderr.read()
-        process.wait(30)
+        process.wait(240)
 
 
 def test_an_unready_process_is_unhealthy(site: Path, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_an_unready_process_is_unhealthy(site: Path, tmp_path: Path) -> None:
 def asked_aloud(port: int) -> str | None:
     """What the health check says once there is somebody to ask."""
     command = [sys.executable, "-IS", READY, str(port)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     return done.stderr if "refused" not in done.stderr and "timed out" not in done.stderr else None
 
 
@@ -290,7 +290,7 @@ def test_hadolint_finds_nothing() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     if not hadolint.exists():
         pytest.skip("no hadolint beside this interpreter: it comes with requirements-dev.lock on Linux")
-    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stdout
     bad = subprocess.run([hadolint, "-"], input="FROM debian\nRUN cd /x\n", capture_output=True, text=True, check=False)
     assert bad.returncode != 0

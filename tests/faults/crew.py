@@ -152,7 +152,7 @@ class Crew:
             member.process.terminate()
         for member in self.members:
             try:
-                member.process.wait(30)
+                member.process.wait(240)
             except subprocess.TimeoutExpired:
                 member.process.kill()
                 member.process.wait()

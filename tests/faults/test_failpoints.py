@@ -30,7 +30,7 @@ for number in range(1, 6):
 def run(plan: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A process that reaches `step` five times."""
     command = [sys.executable, "-c", SCRIPT, plan]
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.parametrize(

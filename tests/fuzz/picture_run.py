@@ -65,7 +65,7 @@ class Target:
 
     def __init__(self, process: subprocess.Popen[str], port: int) -> None:
         self.process = process
-        self._peer = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        self._peer = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
         self._gateway = psutil.Process(process.pid)
         for media_type, pictures in whole().items():  # what is allocated once and for all
             for data in pictures:
@@ -118,7 +118,7 @@ def gateway(home: Path, *, unlimited: bool = False) -> Generator[Target]:
         yield Target(process, int(process.stdout.readline()))
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(240)
         redis.stop()
 
 

@@ -56,7 +56,7 @@ class Crowd(threading.Thread):
         peer, opening = self.peers[number], OPENINGS[number % len(OPENINGS)]
         try:
             if peer is None:
-                peer = socket.create_connection(self.address, timeout=30)
+                peer = socket.create_connection(self.address, timeout=240)
                 peer.setblocking(False)
                 self.opened += 1
                 self.peers[number] = peer
@@ -98,7 +98,7 @@ def gateway(**changes: str) -> Generator[tuple[str, int, int]]:
 def _latencies(url: str, requests: int) -> list[float]:
     """Seconds of valid requests, sorted: half of them reads, half submissions."""
     seconds: list[float] = []
-    with httpx2.Client(base_url=url, timeout=30, trust_env=False) as client:
+    with httpx2.Client(base_url=url, timeout=240, trust_env=False) as client:
         for number in range(requests):
             began = time.perf_counter()
             answer = (

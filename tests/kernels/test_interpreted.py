@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).with_name("interpreted")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_kernels_in_the_interpreter() -> None:
     """All of them pass, none is skipped, and every file of the folder takes part."""
     pytest.importorskip("triton")

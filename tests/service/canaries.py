@@ -106,7 +106,7 @@ class House:
     collector: Collector
     port: int
     key: str
-    client: httpx2.Client = field(default_factory=lambda: httpx2.Client(timeout=30.0, trust_env=False))
+    client: httpx2.Client = field(default_factory=lambda: httpx2.Client(timeout=240, trust_env=False))
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict[str, subprocess.Popen[bytes]])
 
     @property
@@ -161,7 +161,7 @@ class House:
         for process in self.processes.values():
             process.send_signal(signal.SIGTERM)
         for process in self.processes.values():
-            assert process.wait(60) == 0 or process is self.processes.get("gateway")
+            assert process.wait(240) == 0 or process is self.processes.get("gateway")
 
 
 def redis_of(client: Any) -> dict[str, bytes]:

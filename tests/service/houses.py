@@ -25,14 +25,14 @@ class House:
 
     def ask(self, tenant: str, method: str, path: str, **options: Any) -> httpx2.Response:
         headers = self.keys[tenant] | options.pop("headers", {})
-        return httpx2.request(method, self.gate.url + path, headers=headers, timeout=60, **options)
+        return httpx2.request(method, self.gate.url + path, headers=headers, timeout=240, **options)
 
     def submit(self, tenant: str) -> httpx2.Response:
         return self.ask(tenant, "POST", "/v1/customize", json={"prompt": "a toy"})
 
     def half_sent(self, tenant: str, path: str, framing: str = "Content-Length: 1000") -> socket.socket:
         """A connection with the head of a request, and of its body nothing."""
-        peer = self.closing.enter_context(socket.create_connection(self.gate.address, timeout=30))
+        peer = self.closing.enter_context(socket.create_connection(self.gate.address, timeout=240))
         kind = "image/png" if path.endswith("references") else "application/json"
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n{framing}\r\n"
         peer.sendall(f"{head}Authorization: {self.keys[tenant]['Authorization']}\r\n\r\n".encode())

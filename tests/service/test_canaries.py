@@ -164,7 +164,7 @@ def go_wrong(house: House, job_id: str) -> set[int]:
         f"GET / HTTP/1.1\r\nX: {WORDS['header'] * 2000}\r\n\r\n",
         f"{WORDS['path']}\r\n\r\n",
     ):
-        with socket.create_connection(("127.0.0.1", house.port), timeout=30) as caller:
+        with socket.create_connection(("127.0.0.1", house.port), timeout=240) as caller:
             caller.sendall(raw.encode())
             answer = caller.recv(4096)
             if answer:

@@ -52,7 +52,7 @@ def patient(app: FastAPI) -> Iterator[Gate]:
 
 
 def connect(gate: Gate) -> socket.socket:
-    return socket.create_connection(gate.address, timeout=30)
+    return socket.create_connection(gate.address, timeout=240)
 
 
 def rest(peer: socket.socket) -> bytes:

@@ -206,7 +206,7 @@ def test_a_revoked_key_ends_its_stream(gate: Gate, bench: Bench) -> None:
     job = httpx2.post(f"{gate.url}/v1/customize", json={"prompt": "a"}, headers=headers[0]).json()["id"]
 
     def follow(number: int) -> None:
-        with httpx2.stream("GET", f"{gate.url}/v1/jobs/{job}/events", headers=headers[number], timeout=60) as answer:
+        with httpx2.stream("GET", f"{gate.url}/v1/jobs/{job}/events", headers=headers[number], timeout=240) as answer:
             for _ in answer.iter_lines():
                 pass
         ended[number].set()
@@ -232,7 +232,7 @@ def test_waiting_takes_no_thread(gate: Gate, app: FastAPI, bench: Bench) -> None
 
     def wait(number: int) -> None:
         url = f"{gate.url}/v1/jobs/{job}" + ("?wait=60" if number % 2 else "/events")
-        answers.append(httpx2.get(url, headers=key, timeout=90).status_code)
+        answers.append(httpx2.get(url, headers=key, timeout=240).status_code)
 
     threads = [threading.Thread(target=wait, args=(number,)) for number in range(100)]
     for thread in threads:
@@ -261,7 +261,7 @@ def test_a_stream_outlives_an_outage_of_redis(model_dir: Path, tmp_path: Path) -
         job = httpx2.post(f"{gate.url}/v1/customize", json={"prompt": "a"}).json()["id"]
 
         def follow() -> None:
-            with httpx2.stream("GET", f"{gate.url}/v1/jobs/{job}/events", timeout=60) as answer:
+            with httpx2.stream("GET", f"{gate.url}/v1/jobs/{job}/events", timeout=240) as answer:
                 told.extend(read(answer.iter_lines()))
 
         caller = threading.Thread(target=follow)

@@ -33,7 +33,7 @@ def address(redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iter
 
 def _exchange(address: tuple[str, int], head: str, body: bytes) -> tuple[int, dict[str, object]]:
     """Send what is given, nothing more, and read the whole answer."""
-    with socket.create_connection(address, timeout=60) as peer:
+    with socket.create_connection(address, timeout=240) as peer:
         peer.sendall(f"POST /v1/customize HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)
         answer = b""
         while b"\r\n\r\n" not in answer or len(answer.split(b"\r\n\r\n", 1)[1]) < _length(answer):

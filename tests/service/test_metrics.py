@@ -198,7 +198,7 @@ def test_streams_and_refused_connections(bench: Bench) -> None:
     gates = serve(app)
     gate = next(gates)
     try:
-        with httpx2.stream("GET", f"{gate.url}/v1/jobs/{job}/events", timeout=30.0) as answer:
+        with httpx2.stream("GET", f"{gate.url}/v1/jobs/{job}/events", timeout=240) as answer:
             lines = answer.iter_lines()
             next(lines)
             assert value(bench, "event_streams") == 1

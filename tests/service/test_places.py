@@ -56,7 +56,7 @@ def test_streams(open_house: OpenHouse, bench: Bench, cap: int) -> None:
 
         def follow(tenant: str) -> httpx2.Response:
             url = f"{house.gate.url}/v1/jobs/{jobs[tenant]}/events"
-            return stack.enter_context(httpx2.stream("GET", url, headers=house.keys[tenant], timeout=60))
+            return stack.enter_context(httpx2.stream("GET", url, headers=house.keys[tenant], timeout=240))
 
         streams = [follow("a") for _ in range(CAP)]
         assert [stream.status_code for stream in streams] == [200] * CAP

@@ -152,7 +152,7 @@ def test_draining(redis_server: RedisProcess, model_dir: Path, tmp_path: Path, d
             assert (problem["code"], problem["detail"]) == ("draining", "Failed checks: draining.")
             assert status(f"{url}/v1/models") == 200, "who was sent here already is served"
             process.send_signal(signal.SIGINT)  # enough of it
-        assert process.wait(30) is not None
+        assert process.wait(240) is not None
     finally:
         process.kill()
         process.wait()

@@ -111,7 +111,7 @@ def address(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     assert line, process.communicate()[1]
     yield line
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)  # returns only when nobody holds the pipes any more
+    _, errors = process.communicate(timeout=240)  # returns only when nobody holds the pipes any more
     assert process.returncode == 0, errors
     with pytest.raises(httpx2.HTTPError):
         httpx2.get(f"{line}/livez", timeout=1.0)
@@ -222,7 +222,7 @@ def test_a_restart_costs_no_attempt(model_dir: Path, tmp_path: Path) -> None:
 
     def leave(process: subprocess.Popen[str]) -> str:
         process.terminate()
-        return process.communicate(timeout=60)[1]
+        return process.communicate(timeout=240)[1]
 
     first = serving()
     try:
@@ -253,7 +253,7 @@ def test_a_second_ctrl_c_waits_for_nobody(model_dir: Path, tmp_path: Path) -> No
     wait_for((tmp_path / "asked").exists, "it to be asked to leave")
     assert process.poll() is None, "it is waited for"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)  # returns only when nobody holds the pipe any more
+    _, errors = process.communicate(timeout=240)  # returns only when nobody holds the pipe any more
     assert (process.returncode, "did not end at once: killed" in errors) == (0, True), errors
 
 
@@ -292,7 +292,7 @@ def test_serve_ends_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
         str(tmp_path / "state"),
     ]
     done = subprocess.run(
-        command, env=_environment(tmp_path / "none"), capture_output=True, text=True, timeout=60, check=False
+        command, env=_environment(tmp_path / "none"), capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 2
     assert "model_not_found" in done.stderr
@@ -302,7 +302,9 @@ def test_serve_ends_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
 def test_gateway_alone_needs_redis(model_dir: Path) -> None:
     """Without a Redis there is nothing to serve: said at once, not with every request."""
     command = [sys.executable, "-m", "service.cli", "gateway"]
-    done = subprocess.run(command, env=_environment(model_dir), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=_environment(model_dir), capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 2
     assert "DREAMSERVE_REDIS_URL" in done.stderr
 
@@ -311,7 +313,7 @@ def test_a_wrong_setting_is_explained(model_dir: Path) -> None:
     """By its variable and what is wrong with it, without its value."""
     environment = _environment(model_dir) | {"DREAMSERVE_BODIES_MIB": "1", "DREAMSERVE_PORT": "canary"}
     command = [sys.executable, "-m", "service.cli", "gateway"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert "DREAMSERVE_BODIES_MIB" in done.stderr and "less than two bodies" in done.stderr
     assert "DREAMSERVE_PORT" in done.stderr and "canary" not in done.stderr
@@ -329,7 +331,7 @@ def test_no_answer_waits_for_what_could_be_done_before(model_dir: Path, tmp_path
         with subprocess.Popen(command, env=environment, pass_fds=(listener.fileno(),)) as process:
             try:
                 url = f"http://127.0.0.1:{listener.getsockname()[1]}/settled"
-                written, frozen = httpx2.get(url, timeout=60).json()
+                written, frozen = httpx2.get(url, timeout=240).json()
             finally:
                 process.terminate()
     assert written
@@ -353,7 +355,9 @@ def test_serve_gives_up_on_a_worker_that_only_crashes(model_dir: Path, tmp_path:
     """A worker that dies before it ever was ready ends `serve` after a few tries, not never."""
     code = SERVE.replace('"-m", "tests.service.fake_worker"', '"-S", "-c", "raise SystemExit(1)"')
     command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, env=_environment(model_dir), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=_environment(model_dir), capture_output=True, text=True, timeout=240, check=False
+    )
     assert "TreeFailedError: it ended too often" in done.stderr
 
 

@@ -121,7 +121,7 @@ class Drill:
 
 async def together(followers: list[Follower], url: str, drill: Drill, *place: Any) -> None:
     limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(limits=limits, timeout=60, trust_env=False) as client:
+    async with httpx2.AsyncClient(limits=limits, timeout=240, trust_env=False) as client:
         await asyncio.gather(drill.run(*place), *(follower.follow(client, url) for follower in followers))
 
 

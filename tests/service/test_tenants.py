@@ -192,7 +192,7 @@ def _run(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedP
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DREAMSERVE_")}
     command = [sys.executable, "-m", "service.cli", *arguments]
     environment = kept | {"DREAMSERVE_STATE_DIR": str(home), **variables}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_the_command_line_keeps_keys_in_the_state_directory(tmp_path: Path) -> None:

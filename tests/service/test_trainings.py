@@ -255,7 +255,7 @@ def test_a_gateway_that_leaves_lets_its_followers_go(open_gate: Open, bench: Ben
 
     def follow(after: str) -> None:
         url, headers = gate.url + training["urls"]["events"], {"Last-Event-ID": after}
-        with httpx2.stream("GET", url, headers=headers, timeout=60) as answer:
+        with httpx2.stream("GET", url, headers=headers, timeout=240) as answer:
             for event in read(answer.iter_lines()):
                 told.append(event)
 

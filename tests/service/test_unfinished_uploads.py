@@ -47,7 +47,7 @@ def serve(chosen: GatewaySettings) -> Iterator[tuple[str, int]]:
 
 def exchange(address: tuple[str, int], head: str, more: Callable[[socket.socket], object]) -> bytes:
     """Send a head, then whatever `more` sends, and read the answer."""
-    with socket.create_connection(address, timeout=30) as peer:
+    with socket.create_connection(address, timeout=240) as peer:
         peer.sendall(f"POST /v1/references HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
         more(peer)
         return read_answer(peer)
@@ -74,7 +74,7 @@ def test_upload_that_stalls_is_cut_off(hasty: tuple[str, int], tmp_path: Path) -
 
 def test_sender_that_goes_away_leaves_nothing(address: tuple[str, int], tmp_path: Path) -> None:
     """A connection that breaks in the middle leaves no file behind."""
-    with socket.create_connection(address, timeout=30) as peer:
+    with socket.create_connection(address, timeout=240) as peer:
         peer.sendall(
             b"POST /v1/references HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9999\r\n\r\n"
         )

@@ -117,7 +117,7 @@ def test_a_worker_from_loading_to_leaving(worker: Worker, own_redis: RedisProces
     wait_for(lambda: worker.failed() == {"model": "stopping"}, "the word that it leaves")
     assert worker.failed("/livez") == {}
     (worker.home / "open").touch()
-    assert worker.process.wait(60) == 0
+    assert worker.process.wait(240) == 0
 
 
 def test_a_taken_port_ends_it_at_once(own_redis: RedisProcess, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_taken_port_ends_it_at_once(own_redis: RedisProcess, tmp_path: Path) -
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = environment(tmp_path, DREAMSERVE_METRICS_PORT=str(taken.getsockname()[1]))
         for name, command in (("worker", COMMAND), ("courier", [sys.executable, "-m", "workers.courier"])):
-            done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240, check=False)
             assert done.returncode == 2
             assert done.stderr.splitlines()[-1].startswith(f"dreamserve {name}: DREAMSERVE_METRICS_PORT: port ")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from model.errors import ModelError
 from workers.training.dry_run import describe
 from workers.training.export import ExportError
 from workers.training.failures import TrainingError
+from workers.training.leaving import heed_signals
 from workers.training.log import TrainingLog
 from workers.training.recipes import Recipe, RecipeError, load_recipe
 from workers.training.start import prepare
@@ -55,13 +55,7 @@ def _run(plan: Recipe, directory: Path, *, resume: bool) -> bool:
         raise RecipeError(f"{directory} holds a run already: --resume it, or name another --out")
     with TrainingLog(directory, plan.steps) as log:
         run = prepare(plan, directory, log.step)
-
-        def leave(*_: object) -> None:
-            run.stop.set()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, leave)
+        heed_signals(run.stop)
         if resume and not run.resume():
             print(f"no checkpoint in {directory}: starting anew", file=sys.stderr)
         if not run.run():

@@ -141,7 +141,7 @@ class Counter:
     def count(self) -> int:
         """Connections so far. One more is made from here and waited for: what came earlier has been counted then."""
         before = self._accepted
-        with socket.create_connection(self._socket.getsockname()[:2], timeout=30) as own:
+        with socket.create_connection(self._socket.getsockname()[:2], timeout=240) as own:
             own.settimeout(30)
             assert own.recv(1) == b""
         self._accepted -= 1

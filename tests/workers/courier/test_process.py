@@ -76,7 +76,7 @@ class Courier:
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """The exit status after a signal."""
         self.process.send_signal(number)
-        status = self.process.wait(30)
+        status = self.process.wait(240)
         self._reader.join()
         return status
 
@@ -293,7 +293,7 @@ def test_wrong_settings_end_it_at_once(tmp_path: Path, changes: dict[str, str], 
     """Exit status 2, which ends `serve` too, and a line that names the variable without its value."""
     settings = environment("redis://127.0.0.1:1", tmp_path, 443) | changes
     command = [sys.executable, "-m", "workers.courier"]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert said_why in done.stderr
     assert "canary" not in done.stderr
@@ -304,7 +304,7 @@ def test_a_tenants_secret_can_be_read(tmp_path: Path) -> None:
     """What the operator hands out is what the courier signs with."""
     settings = environment("redis://127.0.0.1:1", tmp_path, 443)
     command = [sys.executable, "-m", "workers.courier", "--secret-of", "a"]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.split() == list(secrets_of([SECRET], "a"))
 
 
@@ -313,7 +313,7 @@ def test_without_a_secret_there_is_none_of_a_tenant(tmp_path: Path, tenant: str)
     """Nothing printed and no fault would read as an empty secret in an operator's script."""
     settings = environment("redis://127.0.0.1:1", tmp_path, 443) | {"DREAMSERVE_WEBHOOK_SECRETS": ""}
     command = [sys.executable, "-m", "workers.courier", "--secret-of", tenant]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "DREAMSERVE_WEBHOOK_SECRETS" in done.stderr
 
@@ -321,5 +321,5 @@ def test_without_a_secret_there_is_none_of_a_tenant(tmp_path: Path, tenant: str)
 def test_it_needs_no_torch() -> None:
     """The courier starts in a second and runs where no model is."""
     code = "import sys, workers.courier.worker; print('torch' in sys.modules, 'fastapi' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -273,7 +273,7 @@ def test_the_exported_adapter_serves_as_it_was_trained(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "model.weights.fuse", "--out", str(tmp_path / "fused"), *command],
         check=True,
-        timeout=120,
+        timeout=240,
     )
     served = load_model(ModelSource(fused=tmp_path / "fused", device="cpu"))
     trained = picture(in_training(run))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import statistics
 import sys
 import threading
@@ -37,6 +36,7 @@ from model.preprocessors.prepare import load_tools
 from model.roles import ADDED_TOKENS
 from model.weights.checkpoints import LoadedModel
 from workers.training.failures import TrainingError
+from workers.training.leaving import heed_signals
 from workers.training.measuring.attending import peaks_inside
 from workers.training.measuring.evaluate import TABLES, pictures
 from workers.training.measuring.variants import ALL_TASKS, REFERENCE, VARIANTS, Run, planned
@@ -268,8 +268,7 @@ def main(
 ) -> None:
     """Train the variants, measure them and print how they compare; SIGTERM and Ctrl-C checkpoint first."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    heed_signals(stop)
     try:
         if unknown := [name for name in only or () if name not in VARIANTS]:
             raise AblationError(f"no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
