@@ -9,6 +9,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,6 +18,12 @@ LONG = ("tests/kernels/test_interpreted.py", "tests/workers/training/")
 
 # Several processes run torch at once here; with all cores each they slow one another down many times over.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A machine that is busy is no fault of the code. Fixtures of a test are shared by its examples knowingly.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("any machine")
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -47,7 +47,7 @@ def inputs(total: int, seed: int, dtype: torch.dtype = torch.float64) -> list[Te
 
 @given(LENGTHS, st.integers(0, 99), st.sampled_from([None, "sdpa", "reference"]))
 @example([3, 3, 2, 2, 2, 3], 0, None)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_equals_a_block_diagonal_mask(lengths: list[int], seed: int, backend: str | None) -> None:
     """Each sequence attends to itself alone, whatever the lengths."""
     boundaries = [0, *accumulate(lengths)]
@@ -57,7 +57,7 @@ def test_equals_a_block_diagonal_mask(lengths: list[int], seed: int, backend: st
 
 
 @given(LENGTHS, st.integers(0, 99), st.sampled_from([None, "sdpa", "reference"]), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_visibility_narrows_it(lengths: list[int], seed: int, backend: str | None, data: Any) -> None:
     """A token attends to the kinds it sees, and gets zeros if it sees none of its sequence."""
     total = sum(lengths)
@@ -105,7 +105,7 @@ def test_log_sum_exp() -> None:
 
 
 @given(st.lists(st.integers(1, 5 * ROWS), min_size=1, max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_tiles_cover_each_token_once(lengths: list[int]) -> None:
     """Every token lies in one tile, no tile leaves its sequence, and the tiles of long sequences come first."""
     boundaries = [0, *accumulate(lengths)]

@@ -59,7 +59,7 @@ groups = st.lists(
 
 
 @given(groups, st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_pooling_first_equals_the_mean_of_all_products(
     shapes: list[tuple[int, int, tuple[int, ...]]], seed: int
 ) -> None:
@@ -81,7 +81,7 @@ def test_pooling_first_equals_the_mean_of_all_products(
 
 
 @given(groups, st.integers(0, 99), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_placeholder_response_written_out(
     shapes: list[tuple[int, int, tuple[int, ...]]], seed: int, scaled: bool
 ) -> None:
@@ -220,7 +220,7 @@ def test_placeholders_are_read_alone_as_with_the_rest() -> None:
 
 
 @given(groups, st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_spans_name_the_tokens_of_every_pair(shapes: list[tuple[int, int, tuple[int, ...]]], seed: int) -> None:
     """The kernels' table leads to the same tokens as the sites, and maps fill their room without overlap."""
     p = pack(shapes, seed)
@@ -243,7 +243,7 @@ def test_spans_name_the_tokens_of_every_pair(shapes: list[tuple[int, int, tuple[
 
 
 @given(groups, st.integers(0, 99), st.sampled_from([1, 7, 2**22]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_column_mass_is_the_mean_softmax(shapes: list[tuple[int, int, tuple[int, ...]]], seed: int, tile: int) -> None:
     """Written out: softmax over the whole pack, then the target's columns; in tiles of any size."""
     p = pack(shapes, seed)

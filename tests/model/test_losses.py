@@ -150,7 +150,7 @@ def test_flow_refuses_other_lengths() -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_token_masks_are_area_shares(rows: int, columns: int, high: int, wide: int, seed: int) -> None:
     """Token (y, x), in the order of position ids, holds the mean of its own cell."""
     mask = np.random.default_rng(seed).integers(0, 256, (rows * high, columns * wide), dtype=np.uint8)

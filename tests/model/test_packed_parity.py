@@ -123,7 +123,7 @@ def differences(together: Sampler, sampler: Sampler, runs: list[Denoising]) -> t
 
 @given(MIXED, st.sampled_from(SHAPES), st.integers(0, 9))
 @example([FIXED[2], FIXED[2], FIXED[0], FIXED[3]], SHAPES[0], 0).via("neighbours of equal length share a product")
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_a_pack_equals_the_solo_runs_in_float32(batch: list[Ask], shape: Shape, seed: int) -> None:
     """Whoever shares a forward with a request, and in whatever order, its velocities stay as they are."""
     sampler = make_sampler(shape, torch.float32)
@@ -132,7 +132,7 @@ def test_a_pack_equals_the_solo_runs_in_float32(batch: list[Ask], shape: Shape, 
 
 
 @given(MIXED, st.sampled_from(SHAPES), st.integers(0, 9))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_a_pack_equals_the_solo_runs_in_bfloat16(batch: list[Ask], shape: Shape, seed: int) -> None:
     """In the dtype of production the two differ by roundings alone."""
     sampler = make_sampler(shape, torch.bfloat16)

@@ -37,7 +37,7 @@ def condition(target: Grid, references: dict[int, Grid]) -> Condition:
 
 
 @given(st.lists(conditions(), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_segments_tile_the_sequence(requests: list[Condition]) -> None:
     """Segments lie back to back in request order and in each stream; boundaries fall between requests."""
     layout = lay_out(requests)
@@ -54,7 +54,7 @@ def test_segments_tile_the_sequence(requests: list[Condition]) -> None:
 
 
 @given(st.lists(conditions(), min_size=2, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_orders_are_inverse_and_keep_attributes(requests: list[Condition]) -> None:
     """Going to request order and back loses nothing, and modulation rows follow their tokens."""
     layout = lay_out(requests)
@@ -67,7 +67,7 @@ def test_orders_are_inverse_and_keep_attributes(requests: list[Condition]) -> No
 
 
 @given(conditions())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_references_share_no_row_and_no_column(request: Condition) -> None:
     """The diagonal rule: neither with the target nor with each other."""
     image = [s for s in lay_out([request]).segments if s.kind is not Kind.TEXT]

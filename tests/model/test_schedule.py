@@ -26,7 +26,7 @@ def oracle(rule: ShiftRule, num_steps: int, tokens: int) -> FlowMatchEulerDiscre
 
 
 @given(st.integers(1, 50), st.integers(4, 16384), st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_equals_diffusers(num_steps: int, tokens: int, dynamic: bool) -> None:
     """The same float32 levels as the scheduler the released pipeline uses, for any size and number of steps."""
     rule = ShiftRule(dynamic, 3.0, 256, 4096, 0.5, 1.15)

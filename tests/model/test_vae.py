@@ -12,7 +12,7 @@ from model.weights.checkpoints import LoadedModel
 
 
 @given(st.integers(1, 5), st.integers(1, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_packing_equals_diffusers(rows: int, columns: int) -> None:
     """2×2 patches, channel-major, row by row; and back."""
     latents = torch.randn(16, 2 * rows, 2 * columns)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.problems import TABLE
@@ -91,7 +91,7 @@ _values = _anything | st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(st.dictionaries(_fields, _values, max_size=6))
 def test_no_json_value_makes_a_5xx(bench: Bench, body: dict[str, Any]) -> None:
     """Any value in any field is accepted or refused with documented codes, never a server error."""
@@ -104,7 +104,7 @@ def test_no_json_value_makes_a_5xx(bench: Bench, body: dict[str, Any]) -> None:
         assert {fault["code"] for fault in problem["errors"]} <= TABLE.keys()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_no_bytes_make_a_5xx(bench: Bench, raw: bytes) -> None:
     """Nor do arbitrary bytes."""

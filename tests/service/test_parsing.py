@@ -161,7 +161,7 @@ def requests(draw: st.DrawFn) -> bytes:
     return sent
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(sent=requests(), cut=st.integers(1, 40))
 @example(sent=_WHOLE[2], cut=1)
 @example(sent=_WHOLE[3], cut=1)

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.problems import MEDIA_TYPE
@@ -56,7 +56,7 @@ def test_headers(bench: Bench, url: str) -> None:
     assert bench.client.head(url, headers={"Range": "bytes=0-1"}).status_code == 200, "ranges are defined for GET alone"
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(first=st.none() | st.integers(0, SIZE + 3), last=st.none() | st.integers(0, SIZE + 3))
 def test_single_ranges(bench: Bench, url: str, first: int | None, last: int | None) -> None:
     """Against Python's own slices: any first, last and suffix gives those bytes, says which, or that none exist."""

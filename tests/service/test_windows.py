@@ -140,7 +140,7 @@ class Crowd:
 ACTS = (Crowd.submit,) * 3 + (Crowd.accept, Crowd.ring_late, Crowd.cancel, Crowd.cancel, Crowd.go_round)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(acts=st.lists(st.tuples(st.sampled_from(ACTS), st.integers(0, 50)), min_size=10, max_size=40))
 def test_any_mix_of_accept_ring_cancel_and_expire(
     client: redis.Redis, ledger: CustomizeLedger, acts: list[tuple[Callable[[Crowd, int], None], int]]

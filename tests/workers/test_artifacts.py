@@ -27,7 +27,7 @@ def files(store: ArtifactStore) -> list[Path]:
     return [path for path in store.root.rglob("*") if path.is_file()]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.binary(max_size=300))
 def test_what_was_put_is_read(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     """Content addressing: the key is the sha256, and putting the same bytes twice leaves one file."""
@@ -109,7 +109,7 @@ def test_tenants_share_no_file(store: ArtifactStore, foreign: str) -> None:
         store.require("a", key)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(pieces=st.lists(st.binary(max_size=50), max_size=5))
 def test_what_came_in_pieces_is_read(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]) -> None:
     """A received reference is the same as one that was put whole, again and again."""

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import redis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.workers.conftest import MakeJob
@@ -52,7 +52,7 @@ def test_a_whole_story(ledger: CustomizeLedger, make_job: MakeJob) -> None:
     assert told[4] == {"status": "succeeded", "attempt": 1}
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(after=st.integers(0, 260), limit=st.integers(1, 260))
 def test_replay_is_complete_or_says_so(ledger: CustomizeLedger, make_job: MakeJob, after: int, limit: int) -> None:
     """From wherever one resumes: the next events without a hole, or, exactly if some are no longer kept, a gap."""

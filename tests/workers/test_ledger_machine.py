@@ -365,7 +365,7 @@ CALLS = (
 STEPS = st.tuples(st.sampled_from(CALLS), st.integers(0, 9), st.integers(0, 50), st.integers(0, 7))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(first=st.permutations(range(10)), steps=st.lists(STEPS, min_size=40, max_size=80))
 def test_any_sequence_of_calls(
     client: redis.Redis, make_job: MakeJob, first: list[int], steps: list[tuple[Callable[..., None], int, int, int]]

@@ -36,7 +36,7 @@ def test_damaged_exif_does_not_matter(exif: bytes) -> None:
     np.testing.assert_array_equal(decode(data, LIMITS), COLORS)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=80), st.sampled_from([b"", b"II*\0", b"MM\0*", b"Exif\0\0II*\0\x08\0\0\0"]))
 def test_orientation_is_always_one_of_eight(data: bytes, start: bytes) -> None:
     """Any bytes for EXIF: an orientation, never an exception."""
@@ -101,7 +101,7 @@ def interlaced(pixels: np.ndarray, drop: int = 0) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(height=st.integers(1, 20), width=st.integers(1, 20), drop=st.integers(0, 5))
 def test_every_row_must_be_there(height: int, width: int, drop: int) -> None:
     """A PNG whose rows end early is damaged, though Pillow would fill in black; whole ones pass, interlaced or not."""

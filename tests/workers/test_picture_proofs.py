@@ -71,7 +71,7 @@ def taken(read: Callable[[bytes, PictureLimits], object], file: bytes) -> bool:
     return True
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     filters=st.binary(min_size=1, max_size=12),
     color=st.sampled_from([0, 2, 4, 6]),
@@ -100,7 +100,7 @@ JPEGS = [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(which=st.sampled_from(JPEGS), place=st.integers(0, 2000), change=st.integers(0, 255), cut=st.integers(0, 60))
 def test_check_and_decode_agree_on_any_jpeg(which: bytes, place: int, change: int, cut: int) -> None:
     """A check at an eighth of the size reads the same codes: what one refuses, the other refuses."""

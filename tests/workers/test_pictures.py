@@ -336,7 +336,7 @@ SEEDS = [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_damage_has_one_error_type(data: st.DataObject) -> None:
     """Bytes changed, cut out or put in: pixels of the promised size come out, or a PictureError, nothing else."""
@@ -362,7 +362,7 @@ def test_damage_has_one_error_type(data: st.DataObject) -> None:
     assert pixels.shape[0] * pixels.shape[1] <= 256 * 256
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=64), start=st.sampled_from([b"", *(seed[:12] for seed in SEEDS)]))
 def test_header_parser_never_surprises(data: bytes, start: bytes) -> None:
     """Any bytes: a header, None, or ValueError."""

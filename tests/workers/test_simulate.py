@@ -46,7 +46,7 @@ FLEETS = st.builds(
 DEAR = replace(COSTS, prepare_s=0.1, reference_s=0.05, finish_s=0.2, beat_s=0.01)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ARRIVALS, FLEETS, st.floats(1, 3))
 def test_nothing_is_lost(arrivals: list[Arrival], fleet: Fleet, lanes: float) -> None:
     """Each job ends with all steps of all its pictures, no sooner than alone, and no worker is more than busy."""
@@ -143,7 +143,7 @@ def test_interactive_jobs_come_first_as_the_planner_has_it() -> None:
 
 
 @given(st.lists(st.floats(0.01, 5), min_size=1, max_size=6), st.floats(1, 4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_device_shares_its_lanes_out(works: list[float], lanes: float) -> None:
     """Pieces that begin together end by their size; the last one ends when the lanes have done all of it."""
     env = simpy.Environment()

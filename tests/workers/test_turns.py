@@ -149,7 +149,7 @@ ACTS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(acts=st.lists(ACTS, min_size=5, max_size=30))
 def test_turns_are_fair_whatever_happens(
     ledger: CustomizeLedger, make_job: MakeJob, acts: list[tuple[str, str | int, int]]
@@ -186,7 +186,7 @@ def test_turns_are_fair_whatever_happens(
                 assert held[fetch.tenant] <= part
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(waiting=st.lists(st.integers(0, 25), min_size=2, max_size=4), shuffled=st.randoms(use_true_random=False))
 def test_the_place_in_line_counts_the_others(
     client: redis.Redis, make_job: MakeJob, waiting: list[int], shuffled: Random

@@ -156,7 +156,7 @@ def test_a_picture_of_one_colour_is_kept_whole(shape: tuple[int, int]) -> None:
     assert (GrabCut().mask(pixels) == 255).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(height=st.integers(1, 90), width=st.integers(1, 90), seed=st.integers(0, 99))
 def test_any_picture_gets_a_mask_that_keeps_something(height: int, width: int, seed: int) -> None:
     """Noise of any size: the right shape, and something is kept."""

@@ -132,7 +132,7 @@ def test_area_size_keeps_its_promises(height: int, width: int, resolution: int, 
         assert wanted - cell - 1e-6 < side <= wanted + 1e-6
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     height=st.integers(1, 160),
     width=st.integers(1, 160),

@@ -195,7 +195,7 @@ def test_a_slow_handshake_ends_in_time() -> None:
 
 
 @given(st.binary(max_size=300) | st.binary(max_size=200).map(lambda noise: b"HTTP/1.1 200 OK\r\n" + noise))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_whatever_a_server_says_only_an_egress_error_leaves(noise: bytes) -> None:
     """No answer makes the courier raise anything else, or take it for a picture it is not."""
     with Host(always(noise)) as public:

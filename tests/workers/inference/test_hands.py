@@ -15,7 +15,7 @@ from workers.inference.hands import Hands, Place
 places = st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(places, max_size=12))
 def test_the_first_in_line_goes_first(line: list[Place]) -> None:
     """Whatever the order of arrival, places are taken up in their order, and equal ones as they came."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -73,7 +73,7 @@ def same(one: Record, other: Record) -> bool:
 
 
 @given(st.lists(records(), min_size=1, max_size=4, unique_by=lambda record: record.key))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_shard_gives_back_what_was_written(written: list[Record]) -> None:
     """Any key, prompt, slots, roles, sizes and soft masks; order kept; the same bytes again when written again."""
     with tempfile.TemporaryDirectory() as place:
@@ -200,7 +200,7 @@ def shard() -> bytes:
 
 
 @given(st.floats(0, 1, exclude_max=True))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_cut_shard_never_passes_for_a_whole_one(shard: bytes, place: float) -> None:
     """Cut anywhere before its end mark, in a header, in a picture or between two members: something is wrong."""
     end = len(shard.rstrip(b"\0"))
@@ -212,7 +212,7 @@ def test_a_cut_shard_never_passes_for_a_whole_one(shard: bytes, place: float) ->
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_damage_is_met_by_faults_alone(shard: bytes, data: st.DataObject) -> None:
     """Any bytes overwritten anywhere: rows are good or bad, and no row vanishes without a word."""
     start = data.draw(st.integers(0, len(shard.rstrip(b"\0")) - 1))
@@ -233,7 +233,7 @@ def test_two_tars_in_one_file_are_noticed(tmp_path: Path, shard: bytes) -> None:
 
 
 @given(st.binary(max_size=300) | st.text(string.printable, max_size=200).map(str.encode))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_bytes_as_lines(data: bytes) -> None:
     """A .jsonl of anything: only faults."""
     with tempfile.TemporaryDirectory() as folder:

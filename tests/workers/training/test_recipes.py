@@ -209,7 +209,7 @@ def test_a_directory_is_shuffled_anew_each_epoch(tmp_path: Path) -> None:
 
 
 @given(st.integers(8, 3000), st.integers(8, 3000))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_buckets_fit(height: int, width: int) -> None:
     """The nearest bucket lies on the grid, and no other fits the aspect better."""
     size = nearest_bucket(height, width, 512, 16)

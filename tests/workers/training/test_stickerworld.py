@@ -87,7 +87,7 @@ def test_a_record_is_the_same_in_every_process() -> None:
     assert digest([sample(8, index, EVERYTHING) for index in range(60)]) != here
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(world=worlds, seed=st.integers(0, 2**64 - 1), index=st.integers(0, 2**64 - 1))
 def test_every_record_keeps_the_contract(world: Settings, seed: int, index: int) -> None:
     """Any settings, seed and index give a whole record: slots from 1, masks of the target's size, known words."""
@@ -111,7 +111,7 @@ def test_every_record_keeps_the_contract(world: Settings, seed: int, index: int)
     assert record.prompt == re.sub(r"\s+", " ", record.prompt).strip().lower()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(world=worlds, index=st.integers(0, 10_000))
 def test_masks_are_where_the_picture_is_painted(world: Settings, index: int) -> None:
     """A part's mask holds pixels that change when it is taken away, and hardly any other pixel does."""
@@ -132,7 +132,7 @@ def test_masks_are_where_the_picture_is_painted(world: Settings, index: int) -> 
         assert not (changed & (cover == 0)).any()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(world=worlds, index=st.integers(0, 10_000))
 def test_nothing_overlaps_or_leaves_the_picture(world: Settings, index: int) -> None:
     """Boxes lie in the picture, apart from each other, with their middle in the cell the prompt names."""

@@ -248,7 +248,7 @@ def cells(table: str) -> dict[str, list[str]]:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_table_s_arithmetic(seed: int, one: int, other: int) -> None:
     """Mean and sample deviation over seeds, and of differences over the seeds that both have, against numpy."""
     random = np.random.default_rng(seed)
