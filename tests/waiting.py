@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,3 +20,9 @@ def wait_for(look: Callable[[], T | None], what: str, timeout_s: float = 240.0) 
             return seen
         time.sleep(0.01)
     raise AssertionError(f"waited in vain for {what}")
+
+
+def stop_child(pid: int) -> None:
+    """SIGSTOP for a child process; on return none of its threads goes on. The signal alone lets them, for a while."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)

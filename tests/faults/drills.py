@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -69,7 +70,9 @@ class _Drilling:
             if self._failed(victim):
                 break
         if victim in self.crew.members:
-            wait_for(lambda: self._tended() and victim.resume_at is None, "the stopped one to go on")
+            victim.resume_at = math.inf
+            self.wait_for_ends()  # by the other
+            self.crew.resume(victim)
         return job_id
 
     def wait_for_ends(self) -> None:

@@ -36,7 +36,7 @@ from tests.service.awaited import Connect
 from tests.service.conftest import Bench, Open, picture, settings
 from tests.service.gates import Gate, serve
 from tests.service.lossy import Fault, Proxy, proxied
-from tests.waiting import wait_for
+from tests.waiting import stop_child, wait_for
 from workers.jobs import Progress
 from workers.redis_process import start_redis
 
@@ -265,7 +265,7 @@ def test_retry_after_is_waited_for(connect: Connect, model_dir: Path, tmp_path: 
         with proxied(gate.address, lambda _: None) as proxy:
             client = connect(proxy.url)
             client.models()
-            os.kill(server.process.pid, signal.SIGSTOP)
+            stop_child(server.process.pid)
             error = refused(lambda: connect(proxy.url, retry_for=1).customize("a"), BusyError, "queue_unavailable")
             assert (error.status, error.retry_after_s, error.retryable) == (503, 2.0, True)
             first = len(proxy.began)

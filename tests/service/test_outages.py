@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from service.app import create_app
 from tests.service.conftest import Bench, picture, reference, settings
+from tests.waiting import stop_child
 from workers.redis_process import RedisProcess, start_redis
 
 BODY = {"prompt": "a toy"}
@@ -57,7 +58,7 @@ def test_silent_redis_is_a_503(own_redis: list[RedisProcess], model_dir: Path, t
     chosen = settings(own_redis[0].url, tmp_path, model_dir).model_copy(update={"redis_timeout_s": 0.2})
     with TestClient(create_app(chosen)) as client:
         assert client.get("/readyz").status_code == 200
-        os.kill(own_redis[0].process.pid, signal.SIGSTOP)
+        stop_child(own_redis[0].process.pid)
         try:
             answer = client.post("/v1/customize", json=BODY)
         finally:

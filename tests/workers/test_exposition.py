@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.waiting import wait_for
+from tests.waiting import stop_child, wait_for
 from tests.workers.conftest import MakeJob
 from workers import queues
 from workers.jobs import CUSTOMIZE
@@ -103,7 +103,7 @@ def test_a_worker_from_loading_to_leaving(worker: Worker, own_redis: RedisProces
     (worker.home / "loaded").touch()
     wait_for(lambda: worker.failed() == {}, "the model")
 
-    os.kill(own_redis.process.pid, signal.SIGSTOP)
+    stop_child(own_redis.process.pid)
     wait_for(lambda: worker.failed() == {"redis": "not heard of"}, "the silence to be noticed")
     assert worker.failed("/livez") == {}, "a new process would not hear of Redis either"
     os.kill(own_redis.process.pid, signal.SIGCONT)
@@ -138,7 +138,7 @@ def test_a_courier_without_redis_is_not_ready(own_redis: RedisProcess, tmp_path:
     try:
         courier.listen()
         wait_for(lambda: courier.failed() == {}, "the first look")
-        os.kill(own_redis.process.pid, signal.SIGSTOP)
+        stop_child(own_redis.process.pid)
         wait_for(lambda: courier.failed() == {"redis": "not heard of"}, "the silence to be noticed")
         os.kill(own_redis.process.pid, signal.SIGCONT)
         wait_for(lambda: courier.failed() == {}, "Redis")

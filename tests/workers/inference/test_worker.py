@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import redis
 
-from tests.waiting import wait_for
+from tests.waiting import stop_child, wait_for
 from tests.workers.conftest import MakeJob
 from tests.workers.standin import BASE, LOADS, StandinPipeline, picture
 from workers import queues
@@ -196,7 +196,7 @@ def test_stopped_worker_comes_back_too_late(crew: Crew, make_job: MakeJob) -> No
     crew.ensure(2)
     job = crew.submit(make_job, prompt="gate:zombie")
     zombie = crew.held_by(job)
-    zombie.send_signal(signal.SIGSTOP)
+    stop_child(zombie.pid)
     crew.open_gate("zombie")
     record = crew.ended(job)
     crew.check_pictures(record)
