@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -111,6 +112,12 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProc
 
 def settings(url: str, state: Path, model: Path, **changes: Any) -> GatewaySettings:
     return GatewaySettings(redis_url=url, state_dir=state, base_model=str(model), redis_timeout_s=1.0, **changes)
+
+
+def environment_of(model: Path | str) -> dict[str, str]:
+    """For a process: none of our variables but the model."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("DREAMSERVE_")}
+    return kept | {"DREAMSERVE_BASE_MODEL": str(model)}
 
 
 @pytest.fixture

@@ -19,12 +19,10 @@ from typer.testing import CliRunner
 
 from service.callers.auth import exposed
 from service.cli import app
-from service.client import Client
 from service.commands.process_tree import TreeFailedError
 from service.commands.samples import TILE, contact_sheet, ring, star
 from service.commands.serving import TRAINING_GRACE_S, Serving, _programs
-from tests.service.conftest import picture
-from tests.waiting import wait_for
+from tests.service.conftest import environment_of, picture
 
 SERVE = """
 import sys
@@ -38,48 +36,6 @@ serve(
 )
 """
 
-LEAVING = """
-import sys
-from pathlib import Path
-from service.commands.serving import Serving, serve
-slow = '''
-import os, sys, time
-from pathlib import Path
-from tests.workers.standin import StandinPipeline
-from workers.inference.worker import run_worker
-from workers.settings import WorkerSettings
-def step(_):
-    if not Path(os.environ["FAST"]).exists():
-        time.sleep(0.5)
-sys.exit(run_worker(WorkerSettings(), lambda _: StandinPipeline(step)))
-'''
-serve(
-    Serving("127.0.0.1", 0, 1, Path(sys.argv[1]), None, grace_s=6.0, worker_command=(sys.executable, "-c", slow)),
-    report=lambda text: print(text, file=sys.stderr, flush=True),
-    ready=lambda address: print(address, flush=True),
-)
-"""
-
-STUBBORN = """
-import sys
-from pathlib import Path
-from service.commands.serving import Serving, serve
-stay = '''
-import signal, sys, time
-from pathlib import Path
-home = Path(sys.argv[1])
-signal.signal(signal.SIGTERM, lambda *_: (home / "asked").touch())
-(home / "begun").touch()
-time.sleep(3600)
-'''
-command = (sys.executable, "-S", "-c", stay, sys.argv[1])
-serve(
-    Serving("127.0.0.1", 0, 1, Path(sys.argv[1]) / "state", None, grace_s=3600.0, worker_command=command),
-    report=lambda text: print(text, file=sys.stderr, flush=True),
-    ready=lambda address: None,
-)
-"""
-
 SETTLED = """
 import gc, sys
 from service.app import app_factory
@@ -88,11 +44,6 @@ app = app_factory()
 app.add_api_route("/settled", lambda: [app.openapi_schema is not None, gc.get_freeze_count()])
 run_gateway(app, "127.0.0.1", 0, int(sys.argv[1]))
 """
-
-
-def _environment(model: Path | str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("DREAMSERVE_")}
-    return kept | {"DREAMSERVE_BASE_MODEL": str(model)}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +55,7 @@ def address(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=_environment(model_dir),
+        env=environment_of(model_dir),
     )
     assert process.stdout is not None
     line = process.stdout.readline().strip()
@@ -211,52 +162,6 @@ def test_killed_worker_is_replaced(address: str) -> None:
     pytest.fail(f"no new worker among {fresh}")
 
 
-def test_a_restart_costs_no_attempt(model_dir: Path, tmp_path: Path) -> None:
-    """A job that runs longer than `serve` waits is handed back before its worker would be killed, and run again."""
-    environment = _environment(model_dir) | {"FAST": str(tmp_path / "fast")}
-
-    def serving() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", LEAVING, str(tmp_path / "state")]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=environment, text=True, **pipes)
-
-    def leave(process: subprocess.Popen[str]) -> str:
-        process.terminate()
-        return process.communicate(timeout=240)[1]
-
-    first = serving()
-    try:
-        assert first.stdout is not None
-        with Client(first.stdout.readline().strip()) as client:
-            job = client.customize("a toy", num_inference_steps=20)
-            wait_for(lambda: (now := job.refresh().progress) and now.step >= 1, "a first step")
-    finally:
-        said = leave(first)
-    assert "killed" not in said
-    (tmp_path / "fast").touch()
-    second = serving()
-    try:
-        assert second.stdout is not None
-        with Client(second.stdout.readline().strip()) as client:
-            ended = client.job(job.id).wait(60)
-    finally:
-        leave(second)
-    assert ended.attempt == 1
-
-
-def test_a_second_ctrl_c_waits_for_nobody(model_dir: Path, tmp_path: Path) -> None:
-    """A worker that takes an hour to leave is waited for after one, not after two; nothing is left behind."""
-    command = [sys.executable, "-c", STUBBORN, str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment(model_dir))
-    wait_for((tmp_path / "begun").exists, "the worker")
-    process.send_signal(signal.SIGINT)
-    wait_for((tmp_path / "asked").exists, "it to be asked to leave")
-    assert process.poll() is None, "it is waited for"
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=240)  # returns only when nobody holds the pipe any more
-    assert (process.returncode, "did not end at once: killed" in errors) == (0, True), errors
-
-
 def test_workers_have_less_time_than_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Theirs if it is short enough; training workers have longer. What they refuse is refused before they start."""
     serving = Serving("127.0.0.1", 0, 1, tmp_path, None, training_workers=1)
@@ -292,7 +197,7 @@ def test_serve_ends_when_the_model_cannot_be_loaded(tmp_path: Path) -> None:
         str(tmp_path / "state"),
     ]
     done = subprocess.run(
-        command, env=_environment(tmp_path / "none"), capture_output=True, text=True, timeout=240, check=False
+        command, env=environment_of(tmp_path / "none"), capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 2
     assert "model_not_found" in done.stderr
@@ -303,7 +208,7 @@ def test_gateway_alone_needs_redis(model_dir: Path) -> None:
     """Without a Redis there is nothing to serve: said at once, not with every request."""
     command = [sys.executable, "-m", "service.cli", "gateway"]
     done = subprocess.run(
-        command, env=_environment(model_dir), capture_output=True, text=True, timeout=240, check=False
+        command, env=environment_of(model_dir), capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 2
     assert "DREAMSERVE_REDIS_URL" in done.stderr
@@ -311,7 +216,7 @@ def test_gateway_alone_needs_redis(model_dir: Path) -> None:
 
 def test_a_wrong_setting_is_explained(model_dir: Path) -> None:
     """By its variable and what is wrong with it, without its value."""
-    environment = _environment(model_dir) | {"DREAMSERVE_BODIES_MIB": "1", "DREAMSERVE_PORT": "canary"}
+    environment = environment_of(model_dir) | {"DREAMSERVE_BODIES_MIB": "1", "DREAMSERVE_PORT": "canary"}
     command = [sys.executable, "-m", "service.cli", "gateway"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
@@ -327,7 +232,7 @@ def test_no_answer_waits_for_what_could_be_done_before(model_dir: Path, tmp_path
     where = {"DREAMSERVE_REDIS_URL": f"unix://{tmp_path}/none", "DREAMSERVE_STATE_DIR": str(tmp_path)}
     with socket.create_server(("127.0.0.1", 0)) as listener:
         command = [sys.executable, "-c", SETTLED, str(listener.fileno())]
-        environment = _environment(model_dir) | where
+        environment = environment_of(model_dir) | where
         with subprocess.Popen(command, env=environment, pass_fds=(listener.fileno(),)) as process:
             try:
                 url = f"http://127.0.0.1:{listener.getsockname()[1]}/settled"
@@ -356,7 +261,7 @@ def test_serve_gives_up_on_a_worker_that_only_crashes(model_dir: Path, tmp_path:
     code = SERVE.replace('"-m", "tests.service.fake_worker"', '"-S", "-c", "raise SystemExit(1)"')
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(
-        command, env=_environment(model_dir), capture_output=True, text=True, timeout=240, check=False
+        command, env=environment_of(model_dir), capture_output=True, text=True, timeout=240, check=False
     )
     assert "TreeFailedError: it ended too often" in done.stderr
 

@@ -4,50 +4,36 @@ from __future__ import annotations
 
 import select
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-import uvicorn
 
 from service.app import create_app
 from service.callers.connections import Deadlines
-from service.commands.serving import http_config
-from service.settings import GatewaySettings
 from tests.service.conftest import settings
+from tests.service.gates import Gate, serve
 from tests.waiting import wait_for
 from workers.redis_process import RedisProcess
 
 
 @pytest.fixture
-def address(redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iterator[tuple[str, int]]:
-    """A gateway on a loopback port."""
-    yield from serve(settings(redis_server.url, tmp_path, model_dir))
+def gate(redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iterator[Gate]:
+    """A gateway that lets go of a refused caller late."""
+    yield from serve(create_app(settings(redis_server.url, tmp_path, model_dir)), Deadlines(linger=20.0))
 
 
 @pytest.fixture
-def hasty(redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iterator[tuple[str, int]]:
+def hasty(redis_server: RedisProcess, model_dir: Path, tmp_path: Path) -> Iterator[Gate]:
     """One that waits half a second for a body."""
-    yield from serve(settings(redis_server.url, tmp_path, model_dir, body_timeout_s=0.5))
+    yield from serve(create_app(settings(redis_server.url, tmp_path, model_dir, body_timeout_s=0.5)), None)
 
 
-def serve(chosen: GatewaySettings) -> Iterator[tuple[str, int]]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(http_config(create_app(chosen), deadlines=Deadlines(linger=20.0)))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield listener.getsockname()
-    server.should_exit = True
-    thread.join()
-    listener.close()
-
-
-def exchange(address: tuple[str, int], head: str, more: Callable[[socket.socket], object]) -> bytes:
+def exchange(gate: Gate, head: str, more: Callable[[socket.socket], object]) -> bytes:
     """Send a head, then whatever `more` sends, and read the answer."""
-    with socket.create_connection(address, timeout=240) as peer:
+    with socket.create_connection(gate.address, timeout=240) as peer:
         peer.sendall(f"POST /v1/references HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
         more(peer)
         return read_answer(peer)
@@ -65,16 +51,16 @@ def unfinished(home: Path) -> list[Path]:
     return [path for path in home.rglob("*.part") if path.is_file()]
 
 
-def test_upload_that_stalls_is_cut_off(hasty: tuple[str, int], tmp_path: Path) -> None:
+def test_upload_that_stalls_is_cut_off(hasty: Gate, tmp_path: Path) -> None:
     """A body that never ends costs its sender the upload, and the disk nothing."""
     head = "Content-Type: image/png\r\nContent-Length: 100"
     assert b'"request_timeout"' in exchange(hasty, head, lambda peer: peer.sendall(b"\x89PNG"))
     assert unfinished(tmp_path) == []
 
 
-def test_sender_that_goes_away_leaves_nothing(address: tuple[str, int], tmp_path: Path) -> None:
+def test_sender_that_goes_away_leaves_nothing(gate: Gate, tmp_path: Path) -> None:
     """A connection that breaks in the middle leaves no file behind."""
-    with socket.create_connection(address, timeout=240) as peer:
+    with socket.create_connection(gate.address, timeout=240) as peer:
         peer.sendall(
             b"POST /v1/references HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9999\r\n\r\n"
         )
@@ -83,7 +69,7 @@ def test_sender_that_goes_away_leaves_nothing(address: tuple[str, int], tmp_path
     wait_for(lambda: not unfinished(tmp_path), "the unfinished file to go")
 
 
-def test_a_gigabyte_is_refused_at_the_cap(address: tuple[str, int], tmp_path: Path) -> None:
+def test_a_gigabyte_is_refused_at_the_cap(gate: Gate, tmp_path: Path) -> None:
     """A body of unknown length is refused when it has reached the cap of 20 MiB; what is sent in spite of that is
     gathered neither in memory nor on the disk. The control for memory is the next test."""
     process, piece = psutil.Process(), b"%x\r\n%b\r\n" % (2**16, bytes(2**16))
@@ -104,7 +90,7 @@ def test_a_gigabyte_is_refused_at_the_cap(address: tuple[str, int], tmp_path: Pa
                 answered.append((sent, read_answer(peer)))
 
     with suppress(OSError):  # hung up in the end, by one or the other
-        exchange(address, "Content-Type: image/png\r\nTransfer-Encoding: chunked", pour)
+        exchange(gate, "Content-Type: image/png\r\nTransfer-Encoding: chunked", pour)
     ((after, answer),) = answered
     assert b'"payload_too_large"' in answer
     assert 20 * 2**20 < after < 64 * 2**20
@@ -122,7 +108,7 @@ def test_memory_is_really_measured() -> None:
     assert process.memory_info().rss - before > 20 * 2**20
 
 
-def test_a_declared_gigabyte_is_refused_before_it_is_sent(address: tuple[str, int]) -> None:
+def test_a_declared_gigabyte_is_refused_before_it_is_sent(gate: Gate) -> None:
     """Not a byte has to arrive."""
-    answer = exchange(address, f"Content-Type: image/png\r\nContent-Length: {2**30}", lambda _: None)
+    answer = exchange(gate, f"Content-Type: image/png\r\nContent-Length: {2**30}", lambda _: None)
     assert b'"payload_too_large"' in answer

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
+from contextlib import suppress
 from typing import Final
 
+_STDERR: Final = 2
 _LEAVING: Final = b"\nstopping after the step at hand; Ctrl-C again stops at once\n"
 
 
@@ -21,7 +22,8 @@ def heed_signals(stop: threading.Event) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if not stop.is_set():
             stop.set()
-            os.write(sys.stderr.fileno(), _LEAVING)  # not print: it may have interrupted one
+            with suppress(OSError):  # the same Ctrl-C may have ended who reads it
+                os.write(_STDERR, _LEAVING)  # not print: it may have interrupted one
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)

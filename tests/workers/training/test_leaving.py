@@ -44,6 +44,16 @@ def test_the_first_one_loses_nothing() -> None:
     assert process.returncode == 0, said
 
 
+def test_nobody_has_to_read_it() -> None:
+    """Ctrl-C ends the other end of a pipe as well; the step goes on to its end, and to its checkpoint."""
+    process = _begun("short")
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert _line(process) == "asked to leave"
+    assert process.wait(240) == 0
+
+
 def _begun(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "import sys" + STEP, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
