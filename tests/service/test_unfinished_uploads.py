@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -71,7 +71,7 @@ def test_sender_that_goes_away_leaves_nothing(gate: Gate, tmp_path: Path) -> Non
 
 
 @contextmanager
-def traced() -> Iterator[Callable[[], int]]:
+def traced() -> Generator[Callable[[], int]]:
     """What Python has allocated since, at most, in bytes. The size of the process would not tell: what other tests gave
     back to its heap is taken again without growing it."""
     tracemalloc.start()

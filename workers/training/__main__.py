@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from workers.training.leaving import heed_signals
 from workers.training.log import TrainingLog
 from workers.training.recipes import Recipe, RecipeError, load_recipe
 from workers.training.start import prepare
+from workers.training.stderr import say
 from workers.training.storage import StorageError
 
 app = typer.Typer(add_completion=False)
@@ -45,7 +45,7 @@ def train(
         elif not _run(plan, out or Path("runs") / plan.name, resume=resume):
             raise typer.Exit(STOPPED)
     except (RecipeError, ModelError, StorageError, ExportError, TrainingError) as error:
-        print(f"dreamserve train: {error}", file=sys.stderr)
+        say(f"dreamserve train: {error}")
         raise typer.Exit(2) from error
 
 
@@ -57,9 +57,9 @@ def _run(plan: Recipe, directory: Path, *, resume: bool) -> bool:
         run = prepare(plan, directory, log.step)
         heed_signals(run.stop)
         if resume and not run.resume():
-            print(f"no checkpoint in {directory}: starting anew", file=sys.stderr)
+            say(f"no checkpoint in {directory}: starting anew")
         if not run.run():
-            print(f"stopped after step {run.step}: go on with --resume", file=sys.stderr)
+            say(f"stopped after step {run.step}: go on with --resume")
             return False
         if not run.leads:
             return True

@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,6 +43,7 @@ from workers.training.oracle.scores import score
 from workers.training.oracle.tables import summarise
 from workers.training.recipes import Recipe, RecipeError, load_recipe
 from workers.training.start import prepare
+from workers.training.stderr import say
 from workers.training.stickerworld.scenes import Scene
 from workers.training.stickerworld.world import scene
 from workers.training.storage import StorageError
@@ -104,7 +104,7 @@ def campaign(recipe: Recipe, out: Path, names: Iterable[str], seeds: int, count:
             if row is None:
                 return False
             _write(out / f"{run.name}.json", row.model_dump_json(indent=1) + "\n")
-            print(f"{run.name}: {(time.monotonic() - began) / 60:.1f} min", file=sys.stderr)
+            say(f"{run.name}: {(time.monotonic() - began) / 60:.1f} min")
         shutil.rmtree(directory, ignore_errors=True)
     return True
 
@@ -182,7 +182,7 @@ class _FlowLog:
         with self._file.open("a") as file:
             file.write(json.dumps([report.step, flow]) + "\n")
         if report.step % 50 == 0:
-            print(f"{self._run.name}: step {report.step}/{report.total_steps}, flow {flow:.3f}", file=sys.stderr)
+            say(f"{self._run.name}: step {report.step}/{report.total_steps}, flow {flow:.3f}")
 
     def rewind(self, step: int) -> None:
         """Forget the steps after `step`, which are taken again."""
@@ -276,11 +276,11 @@ def main(
         finished = campaign(plan, out, only or VARIANTS, seeds, count, stop)
         rows = [read_row(out, run) for run in planned(plan, VARIANTS, seeds, count)]
     except (AblationError, RecipeError, ModelError, StorageError, TrainingError) as error:
-        print(f"dreamserve ablations: {error}", file=sys.stderr)
+        say(f"dreamserve ablations: {error}")
         raise typer.Exit(2) from error
     print(comparison([row for row in rows if row is not None]))
     if not finished:
-        print("stopped: the same command goes on from here", file=sys.stderr)
+        say("stopped: the same command goes on from here")
         raise typer.Exit(STOPPED)
 
 

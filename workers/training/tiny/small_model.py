@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +26,7 @@ from workers.training.failures import TrainingError
 from workers.training.log import TrainingLog
 from workers.training.recipes import Recipe, RecipeError, load_recipe
 from workers.training.start import prepare
+from workers.training.stderr import say
 from workers.training.storage import StorageError
 from workers.training.tiny.autoencoder import AutoencoderPlan, fidelity, train_autoencoder
 from workers.training.tiny.language import LanguagePlan, train_language
@@ -143,7 +143,7 @@ def main(
         train(recipe, runs / recipe.name)
         assemble(start, runs / recipe.name, out)
     except (RecipeError, ModelError, StorageError, TrainingError) as error:
-        print(f"dreamserve small model: {error}", file=sys.stderr)
+        say(f"dreamserve small model: {error}")
         raise typer.Exit(2) from error
     print(f"wrote {out}")
 
