@@ -69,9 +69,9 @@ def test_walls_of_parts_are_refused(kind: str) -> None:
     """A file that is all seams costs next to nothing. The control, with a hundredth of them, is a picture."""
     assert check(wall(kind, 10**4), LIMITS) == (20, 30)
     data = wall(kind, 10**6)
-    started = time.process_time()
+    started = time.thread_time()
     assert code_of(lambda: check(data, LIMITS)) == "image_undecodable"
-    assert time.process_time() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_what_pixels_do_not_need_costs_nothing() -> None:
