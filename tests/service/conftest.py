@@ -111,7 +111,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProc
 
 
 def settings(url: str, state: Path, model: Path, **changes: Any) -> GatewaySettings:
-    return GatewaySettings(redis_url=url, state_dir=state, base_model=str(model), redis_timeout_s=1.0, **changes)
+    return GatewaySettings(redis_url=url, state_dir=state, base_model=str(model), redis_timeout_s=60.0, **changes)
 
 
 def environment_of(model: Path | str) -> dict[str, str]:

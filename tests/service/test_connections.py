@@ -136,7 +136,7 @@ def test_who_does_not_read_is_hung_up_on(hasty: Gate, more: bytes) -> None:
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     peer.connect(hasty.address)
     with peer:
-        peer.settimeout(30)
+        peer.settimeout(240)
         peer.sendall(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
         select.select([peer], [], [])
         peer.sendall(more)
@@ -264,7 +264,7 @@ def test_slow_sockets_do_not_delay_others(patient: Gate) -> None:
             peer.sendall(HEAD if number % 2 else POST + b"Content-Length: 100\r\n\r\n{")
         with connect(patient) as peer:
             for _ in range(20):
-                peer.settimeout(5)
+                peer.settimeout(60)
                 peer.sendall(HEAD + b"\r\n")
                 answer = b""
                 while b'{"status":"live"}' not in answer:

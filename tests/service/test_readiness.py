@@ -167,6 +167,6 @@ def free_port() -> int:
 
 def status(url: str) -> int:
     try:
-        return httpx2.get(url, timeout=5.0, trust_env=False).status_code
+        return httpx2.get(url, timeout=60.0, trust_env=False).status_code
     except httpx2.HTTPError:
         return 0
