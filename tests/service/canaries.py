@@ -174,7 +174,8 @@ def redis_of(client: Any) -> dict[str, bytes]:
                 sinks[f"redis {name} {field_.decode()}"] = field_ + b" " + content
         else:
             read = {
-                "string": lambda key=key: client.get(key),
+                "none": lambda: b"",  # it ended after it was listed
+                "string": lambda key=key: client.get(key) or b"",
                 "list": lambda key=key: b" ".join(client.lrange(key, 0, -1)),
                 "set": lambda key=key: b" ".join(client.smembers(key)),
                 "zset": lambda key=key: b" ".join(client.zrange(key, 0, -1)),
