@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,16 +24,8 @@ def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     files = sorted(str(file.relative_to(ROOT)) for file in FOLDER.glob("test_*.py"))
     assert len(files) > 1
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for file, run in zip(files, pool.map(_interpret, files), strict=True):
-            assert run.returncode == 0, run.stdout[-20_000:]
-            assert not re.search(r"\d+ skipped", run.stdout), run.stdout[-20_000:]
-            assert f"PASSED {file}::" in run.stdout, f"{file} has no test marked gpu"
-
-
-def _interpret(file: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rA", "-p", "no:cacheprovider", file],
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rA", "-p", "no:cacheprovider", *files],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
@@ -42,3 +33,7 @@ def _interpret(file: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+    assert run.returncode == 0, run.stdout[-20_000:]
+    assert not re.search(r"\d+ skipped", run.stdout), run.stdout[-20_000:]
+    for file in files:
+        assert f"PASSED {file}::" in run.stdout, f"{file} has no test marked gpu"

@@ -14,8 +14,8 @@ from typing import Any, Final, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from workers.training.reports import StepReport
 from workers.training.stderr import say
-from workers.training.trainer import StepReport
 
 _LINE_EVERY_S: Final = 30.0
 

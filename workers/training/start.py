@@ -24,8 +24,9 @@ from model.weights.checkpoints import (
 )
 from workers.training.adapting import Embeddings, fresh_tables, start_from
 from workers.training.recipes import Recipe, RecipeError
+from workers.training.reports import StepReport
 from workers.training.sources import DirectorySource, StickerSource, check_stages, open_source
-from workers.training.trainer import StepReport, Trainer
+from workers.training.trainer import Trainer
 
 
 def prepare(recipe: Recipe, directory: Path, report: Callable[[StepReport], None]) -> Trainer:

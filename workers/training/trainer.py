@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from workers.training.objective import Objective
 from workers.training.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from workers.training.recipes import LossPart, Recipe, RecipeError, Stage
 from workers.training.records import Pixels, Record
+from workers.training.reports import StepReport
 from workers.training.snapshots import Snapshot, newest_snapshot, newest_step, write_snapshot
 
 _LOG = logging.getLogger(__name__)
@@ -46,20 +47,6 @@ class Source(Protocol):
 
 
 _SPREADS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one step did. `losses`: mean of each part over its units, nan where there were none. `sheet`: pictures that
-    were drawn after it."""
-
-    step: int
-    total_steps: int
-    stage: str
-    loss: float
-    losses: Mapping[str, float]
-    samples: int
-    sheet: Pixels | None = None
 
 
 @dataclass(slots=True)

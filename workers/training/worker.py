@@ -41,10 +41,11 @@ from workers.training.export import ExportError
 from workers.training.failures import BrokenStepError, OtherRunError
 from workers.training.metrics import TrainingMetrics
 from workers.training.recipes import Recipe, RecipeError
+from workers.training.reports import StepReport
 from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
 from workers.training.storage import StorageError
-from workers.training.trainer import StepReport, Trainer
+from workers.training.trainer import Trainer
 
 _LOG = structlog.stdlib.get_logger("workers.training")
 _TELL_EVERY_S: Final = 0.5

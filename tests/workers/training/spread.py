@@ -13,8 +13,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from workers.training.recipes import Recipe
+from workers.training.reports import StepReport
 from workers.training.start import prepare
-from workers.training.trainer import StepReport
 
 STAGE = {"steps": 3, "batch": 2, "optimizer": {"lr": 1e-3}, "mixture": {"single_subject": 0.5, "text_to_image": 0.5}}
 RECIPE = Recipe.model_validate(

@@ -31,10 +31,11 @@ from workers.training.measuring.attending import peaks_inside
 from workers.training.objective import Objective
 from workers.training.recipes import DataPart, ModelPart, Recipe, Stage, load_recipe
 from workers.training.records import Record
+from workers.training.reports import StepReport
 from workers.training.start import records_of
 from workers.training.stickerworld.settings import Settings
 from workers.training.stickerworld.world import sample
-from workers.training.trainer import StepReport, Trainer
+from workers.training.trainer import Trainer
 
 NAMED = Settings(mixture=(("multi_subject", 1.0),), size=48, reference_size=16, plain=0.0, max_subjects=2)
 """Records whose prompts all have placeholders, small enough to encode many."""

@@ -17,8 +17,9 @@ from tests.workers.training.test_trainer import fresh_embeddings
 from workers.training.encodings import Encodings, Shelf
 from workers.training.recipes import Recipe
 from workers.training.records import Pixels
+from workers.training.reports import StepReport
 from workers.training.start import records_of
-from workers.training.trainer import StepReport, Trainer
+from workers.training.trainer import Trainer
 
 ROOM = 2**30
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from workers.training.log import TrainingLog
-from workers.training.trainer import StepReport
+from workers.training.reports import StepReport
 
 RUN = """
 import sys
 from pathlib import Path
 from workers.training.log import TrainingLog
 from workers.training.stderr import say
-from workers.training.trainer import StepReport
+from workers.training.reports import StepReport
 print("ready", flush=True)
 sys.stdin.readline()
 with TrainingLog(Path(sys.argv[1]), 9) as log:

@@ -16,7 +16,7 @@ from workers.training import objective
 from workers.training.objective import _Prompts
 from workers.training.recipes import Stage
 from workers.training.records import Record
-from workers.training.trainer import StepReport
+from workers.training.reports import StepReport
 
 FILLING = " and a small green circle" * 20
 """More than the shipped model's 48 text tokens."""

@@ -17,7 +17,7 @@ from workers.training import sheets
 from workers.training.log import TrainingLog
 from workers.training.recipes import RecipeError, Stage
 from workers.training.records import Pixels, Record, RecordReference
-from workers.training.trainer import StepReport
+from workers.training.reports import StepReport
 
 EMA = {**STAGE, "steps": 3, "ema": 0.5, "token_drop": 0.5}
 """Ends its three steps with averages that differ from the weights."""

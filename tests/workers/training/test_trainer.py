@@ -24,9 +24,10 @@ from workers.training.adapting import Embeddings, fresh_tables
 from workers.training.batches import step_generator
 from workers.training.failures import TrainingError
 from workers.training.recipes import Recipe
+from workers.training.reports import StepReport
 from workers.training.snapshots import SnapshotError
 from workers.training.start import prepare
-from workers.training.trainer import StepReport, Trainer
+from workers.training.trainer import Trainer
 
 STAGE = {"name": "one", "steps": 6, "batch": 3, "mixture": {"single": 1}, "optimizer": {"lr": 1e-3}}
 

@@ -42,12 +42,13 @@ from workers.training.measuring.variants import ALL_TASKS, REFERENCE, VARIANTS, 
 from workers.training.oracle.scores import score
 from workers.training.oracle.tables import summarise
 from workers.training.recipes import Recipe, RecipeError, load_recipe
+from workers.training.reports import StepReport
 from workers.training.start import prepare
 from workers.training.stderr import say
 from workers.training.stickerworld.scenes import Scene
 from workers.training.stickerworld.world import scene
 from workers.training.storage import StorageError
-from workers.training.trainer import StepReport, Trainer
+from workers.training.trainer import Trainer
 
 app = typer.Typer(add_completion=False)
 
