@@ -47,6 +47,19 @@ def test_a_file_gets_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert said[-1][3:] == ["0:00:00 left"]
 
 
+def test_within_a_stage_lines_come_by_the_clock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is time, with the time that is left; the control is the test above, where it is not."""
+    monkeypatch.setattr("workers.training.log._LINE_EVERY_S", 0.0)
+    with TrainingLog(tmp_path, 4) as log:
+        for step in range(1, 4):
+            log.step(StepReport(step, 4, "only", 0.5, {}, 3))
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in said] == ["1/4", "2/4", "3/4"]
+    assert [line.endswith(" left") for line in said] == [False, True, True]
+
+
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     """Drawn over and over in its place, with the losses."""
     ours, theirs = pty.openpty()

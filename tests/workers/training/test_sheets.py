@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from model.roles import Role
-from model.weights.checkpoints import LoadedModel, ModelSource, load_model
+from model.weights.checkpoints import LoadedModel
 from tests.workers.training.squares import Squares
 from tests.workers.training.test_trainer import STAGE, fresh_embeddings, recipe, same, trainer, weights
 from workers.training import sheets
@@ -21,11 +21,6 @@ from workers.training.reports import StepReport
 
 EMA = {**STAGE, "steps": 3, "ema": 0.5, "token_drop": 0.5}
 """Ends its three steps with averages that differ from the weights."""
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model(ModelSource(device="cpu", dtype="float32"))
 
 
 def tiles(sheet: Pixels, row: int) -> list[Pixels]:
